@@ -1,4 +1,4 @@
-"""The README says what is there: its tree, its tables of methods and losses, and commands that run."""
+"""README and guides say what is there: their tables of methods and losses are whole, and their commands run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import s3_server
 from benchmark_lists import spread, write_lists
+from documented_plugins import documented
 from towers import write_tower
 
 from imbvlm.base.schema import tag_of, variants
@@ -25,11 +26,13 @@ from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 from imbvlm.longtail.losses import default_options
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+PAGES = {
+    page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8")
+    for page in sorted(DOCS.rglob("*.md"))
+    if page.parent.name != "reference"
+}
 
 
 def code_blocks(text: str, language: str = "bash") -> list[str]:
@@ -41,28 +44,24 @@ def commands(text: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
-    tree = code_blocks(section("The tree"), "")[0]
-    named = set(re.findall(r"\b[a-z0-9_]+\.py\b", tree))
-    there = {path.name for path in (ROOT / "imbvlm").rglob("*.py") if not path.name.startswith("__")}
-    assert named - there == set()
-    assert there - named == set()
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
 
 
-def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs() -> None:
+def test_the_tables_have_every_method_loss_and_second_stage_with_its_options() -> None:
     rows = {
         cells[0].strip(): cells
         for cells in (
             line.strip("|").split("|")
-            for line in section("What is searched").splitlines()
+            for line in PAGES["guides/choosing.md"].splitlines()
             if re.match(r"\| `\w+`", line)
         )
     }
     names = {name.strip("`") for name in rows}
-    stages = {tag_of(one)[1]: set(one.model_fields) - {"name"} for one in variants(SecondStageConfig)}
+    stages = {tag_of(stage)[1]: set(stage.model_fields) - {"name"} for stage in variants(SecondStageConfig)}
     assert names == set(METHODS) | set(LOSSES) | set(stages)
-    for name, knobs in stages.items():
-        assert set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1])) == knobs
+    for name, options in stages.items():
+        assert set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1])) == options
     for name in METHODS:
         trained, memory, epoch, pays = (cell.strip() for cell in rows[f"`{name}`"][3:])
         assert re.fullmatch(r"[\d,]+", trained)
@@ -74,13 +73,8 @@ def test_the_tables_have_every_method_loss_and_second_stage_with_its_knobs() -> 
         step, pays = (cell.strip() for cell in rows[f"`{name}`"][3:])
         assert re.fullmatch(r"\d+ ms", step)
         assert pays
-        knobs = set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1]))
-        assert knobs - {"prior", "reweight_from"} == set(default_options(name)) - {"reweight"}
-
-
-def test_links_lead_to_files() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+        options = set(re.findall(r"`(\w+)`", rows[f"`{name}`"][1]))
+        assert options - {"prior", "reweight_from"} == set(default_options(name)) - {"reweight"}
 
 
 def test_the_first_two_commands_are_what_continuous_integration_uses() -> None:
@@ -92,42 +86,53 @@ def test_the_first_two_commands_are_what_continuous_integration_uses() -> None:
     assert "readme_command quickstart" in ci
 
 
-# ----------------------------------------------------------------------------------------------- its commands
+# ----------------------------------------------------------------------------------------------- their commands
 
-# Sections whose commands run here, one after the other in one clone.
+# Pages whose commands run here, each one after the other; they share a folder like a clone.
 RUN_HERE = (
-    "On a laptop",
-    "Your own images",
-    "On a GPU box",
-    "Images in S3, and a cluster",
-    "A loss of your own",
-    "A tower of your own",
-    "Sweeps",
+    "quickstart.md",
+    "plugins.md",
+    "guides/choosing.md",
+    "guides/how-many-images.md",
+    "guides/own-images.md",
+    "guides/models.md",
+    "guides/plans-and-budgets.md",
+    "guides/studies.md",
+    "guides/sweeps.md",
 )
+GPU_BOX, S3 = "guides/gpu-box.md", "guides/s3-and-clusters.md"
 # Launching has a page of its own, whose commands need a cluster.
 LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |imbvlm check-cluster ")
 
 
-def test_every_command_is_in_a_section_that_a_test_runs() -> None:
-    sections = [part.split("\n", 1) for part in README.split("\n## ")[1:]]
-    assert {title for title, text in sections if code_blocks(text)} == {*RUN_HERE}
+def test_every_page_with_commands_is_run_by_a_test() -> None:
+    # Contributing's are checked by tests/test_repository.py.
+    assert {page for page, text in PAGES.items() if code_blocks(text)} == {*RUN_HERE, GPU_BOX, S3}
+
+
+def test_the_readmes_commands_are_those_of_pages_that_run() -> None:
+    run = {command for page in RUN_HERE for command in commands(PAGES[page])}
+    assert [command for command in commands(README)[2:] if command not in run] == []
+    assert code_blocks(README, "python") == code_blocks(PAGES["guides/models.md"], "python")
 
 
 def test_commands_that_launch_are_those_of_the_clusters_page() -> None:
     page = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
-    launching = [command for command in commands(README) if LAUNCHING.match(command)]
+    launching = [command for command in commands(PAGES[S3]) if LAUNCHING.match(command)]
     assert len(launching) >= 5
     assert [command for command in launching if command not in page] == []
 
 
 @pytest.fixture(scope="module")
 def clone(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a clone, with a few photos in a folder per class, and a tower."""
+    """A folder like a clone, with a few photos in a folder per class, a tower and a plug-in."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "sweeps").symlink_to(ROOT / "sweeps")
     write_photos(folder / "photos")
+    (folder / "photo.jpg").write_bytes(next((folder / "photos").rglob("*.png")).read_bytes())
     (folder / "my-tower").mkdir()
     write_tower(folder / "my-tower", "vit")
+    (folder / "losses.py").write_text(documented("losses.py"), encoding="utf-8")
     return folder
 
 
@@ -159,16 +164,22 @@ def run_commands(
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 
+@pytest.fixture(scope="module")
+def model(clone: Path) -> Path:
+    """An exported model of the photos."""
+    if not (clone / "my-model").exists():
+        build = "imbvlm manifest build --folders photos --test-share 0.2 -o few.parquet"
+        sweep = "python sweeps/quickstart.py --smoke --set num_trials=2 --manifest few.parquet"
+        run_commands([build, sweep, "imbvlm export runs/quickstart-... -o my-model"], clone)
+    return clone / "my-model"
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "title", ["On a laptop", "Your own images", "A loss of your own", "A tower of your own", "Sweeps"]
-)
-def test_commands_run(clone: Path, title: str) -> None:
-    for code in code_blocks(section(title), "python"):
-        (clone / "my_losses.py").write_text(code, encoding="utf-8")
-    run_commands(commands(section(title)), clone)
+@pytest.mark.parametrize("page", [page for page in RUN_HERE if page != "guides/models.md"])
+def test_commands_run(clone: Path, page: str) -> None:
+    run_commands(commands(PAGES[page]), clone)
 
 
 @pytest.mark.slow
@@ -186,7 +197,7 @@ def test_commands_of_the_gpu_box_run_on_a_stand_in(clone: Path) -> None:
     here += " --set gpus_per_worker=0 --set cpus_per_worker=1"
     short = "--set num_trials=2 --set train.num_epochs=1 --set refit_seeds=[0]"
     lines = []
-    for line in commands(section("On a GPU box")):
+    for line in commands(PAGES[GPU_BOX]):
         if line.startswith("python sweeps/"):
             line = f"{line} {here}" if "--smoke" in line else f"{line} {here} {short}"
         lines.append(line.replace("openai_vit_b16", "local-dir:my-tower"))
@@ -205,11 +216,11 @@ def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone: Path, t
         # The cluster of the tests was started without these settings: a job brings them along.
         settings = server.settings()
         job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": settings}})}
-        lines = [line for line in commands(section("Images in S3, and a cluster")) if not LAUNCHING.match(line)]
+        lines = [line for line in commands(PAGES[S3]) if not LAUNCHING.match(line)]
 
         def newest(folder: Path) -> str:
-            found = client.list_objects_v2(Bucket=s3_server.BUCKET, Prefix="sweeps/quickstart-", Delimiter="/")
-            return max(item["Prefix"] for item in found["CommonPrefixes"]).split("/")[1]
+            listed = client.list_objects_v2(Bucket=s3_server.BUCKET, Prefix="sweeps/quickstart-", Delimiter="/")
+            return max(item["Prefix"] for item in listed["CommonPrefixes"]).split("/")[1]
 
         here = [line.replace("my-bucket", s3_server.BUCKET) for line in lines]
         run_commands(here, clone, {**settings, **job}, newest)
@@ -225,13 +236,9 @@ def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone: Path, t
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_the_python_example_runs_on_an_exported_model(clone: Path) -> None:
-    (example,) = code_blocks(section("From Python"), "python")
-    if not (clone / "my-model").exists():
-        sweep = "python sweeps/quickstart.py --smoke --set num_trials=2"
-        run_commands([sweep, "imbvlm export runs/quickstart-... -o my-model"], clone)
-    photo = next((clone / "photos").rglob("*.png"))
-    (clone / "photo.jpg").write_bytes(photo.read_bytes())
+def test_the_examples_of_an_exported_model_run(clone: Path, model: Path) -> None:
+    run_commands(commands(PAGES["guides/models.md"]), clone)
+    (example,) = code_blocks(PAGES["guides/models.md"], "python")
     done = subprocess.run([sys.executable, "-c", example], cwd=clone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert photo.parent.name in done.stdout
+    assert next((clone / "photos").rglob("*.png")).parent.name in done.stdout

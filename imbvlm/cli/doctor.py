@@ -213,7 +213,9 @@ def check_encoder(name: str) -> Check:
     try:
         state, info = resolve_encoder(config).weights_state(), describe_encoder(config)
     except ImbvlmError as error:
-        return Check(title, "broken", "; ".join([str(error), *_facts(name)]), 'see README, "A tower of your own"')
+        return Check(
+            title, "broken", "; ".join([str(error), *_facts(name)]), 'see docs/guides/choosing.md, "An encoder"'
+        )
     text = "its files are here" if state.present else f"its files will be fetched from {state.address}"
     result = "; ".join([state.problem or text, *_sizes(config, info), *_facts(name)])
     return Check(title, "ok" if state.problem is None else "broken", result, state.fix)

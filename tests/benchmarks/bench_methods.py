@@ -1,4 +1,4 @@
-"""What each method and each loss costs, as rows of the README's tables.
+"""What each method and each loss costs, as rows of the tables in docs/guides/choosing.md.
 
     python tests/benchmarks/bench_methods.py [NAME ...]
 

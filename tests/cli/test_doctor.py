@@ -91,8 +91,8 @@ def test_encoders_here_elsewhere_and_nowhere(tmp_path: Path, broken: dict[str, d
     misspelt = check_encoder("openai_vit_b61")
     assert misspelt.state == "broken"
     assert "openai_vit_b16" in misspelt.result
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"\n## {misspelt.fix.split(chr(34))[1]}\n" in readme
+    page, heading, _ = misspelt.fix.removeprefix("see ").replace(", ", "").split('"')
+    assert f"\n## {heading}\n" in (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     assert ". It is one of " in check_encoder("nothing-alike").result
     empty = check_encoder(f"local-dir:{tmp_path}")
     assert "open_clip_config.json" in empty.result

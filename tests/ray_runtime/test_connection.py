@@ -88,8 +88,9 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path: 
         assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
 
 
-def test_glibc_knows_the_settings_of_huge_pages_and_the_readme_says_them() -> None:
-    assert f"`{HUGE_PAGES}`" in (ROOT / "README.md").read_text().replace(f"{MALLOC_SETTING}=", "")
+def test_glibc_knows_the_settings_of_huge_pages_and_the_guide_says_them() -> None:
+    guide = (ROOT / "docs" / "guides" / "monitoring.md").read_text()
+    assert f"`{HUGE_PAGES}`" in guide.replace(f"{MALLOC_SETTING}=", "")
     loader = next(Path("/lib64").glob("ld-linux-*"), None)
     if loader is None or platform.libc_ver() < ("glibc", "2.35"):
         pytest.skip("it lists its settings, huge pages among them, since glibc 2.35")

@@ -71,7 +71,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     echo(f"  imbvlm train {storage.join(run.folder, 'best.yaml')}{plugin_options()}")
     untried = untried_methods(run.sweep, {key: features.info for key, features in run.features.items()})
     if untried:
-        echo(f'not tried: {", ".join(untried)}; README, "What is searched", says when each pays')
+        echo(f"not tried: {', '.join(untried)}; docs/guides/choosing.md says when each pays")
 
 
 def report(run: SweepRun, data: ReportData) -> str | None:

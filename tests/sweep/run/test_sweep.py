@@ -47,7 +47,7 @@ def test_a_sweep_ends_with_tables_files_and_what_to_type_next(smoke: tuple[Path,
         assert (sweep / name).exists()
     assert f"imbvlm export {sweep}" in printed
     # A convolution tower takes neither adapters nor low-rank updates.
-    assert "not tried: prompt_tuning, bias_tuning, fine_tuning; README" in printed
+    assert "not tried: prompt_tuning, bias_tuning, fine_tuning; docs/guides/choosing.md" in printed
     chosen = json.loads((sweep / "post_hoc.json").read_text())
     assert set(chosen) >= {"winner", "linear probe", "class means", "discriminant", "prototype cache"}
     assert "after training, chosen on 500 rows of validation, winner:" in test

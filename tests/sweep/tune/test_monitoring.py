@@ -30,7 +30,7 @@ Metrics = dict[tuple[str, ...], float]
 
 def metrics_of(sweep: str) -> Metrics:
     """What Prometheus would read of a sweep now: (name, labels but Ray's own) -> value."""
-    # Where README says that Prometheus finds its targets.
+    # Where the guide says that Prometheus finds its targets.
     targets = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
     metrics: Metrics = {}
     for target in {address for group in targets for address in group["targets"]}:
