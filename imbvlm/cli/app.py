@@ -216,9 +216,9 @@ def train(
     from imbvlm.config.trial_config import TrialConfig
 
     trial = TrialConfig.from_yaml(config).with_overrides(parse_settings(settings), "--set")
-    metrics = train_one(trial, storage, out, quiet=as_json)
+    metrics, notes = train_one(trial, storage, out, quiet=as_json)
     if as_json:
-        print(json.dumps(metrics, indent=1))
+        print(json.dumps({**metrics, "notes": notes}, indent=1))
     return 0
 
 

@@ -19,7 +19,7 @@ from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
 from imbvlm.base.version import __version__
-from imbvlm.config.encoder_entries import NON_COMMERCIAL, find_entry
+from imbvlm.config.encoder_entries import find_entry
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
@@ -240,6 +240,5 @@ def _facts(name: str) -> list[str]:
     entry = find_entry(name)
     if entry is None:
         return []
-    license_id = f"{entry.license} (non-commercial)" if entry.license in NON_COMMERCIAL else entry.license
-    facts = {"license": license_id, "pretrained on": entry.pretraining, "has seen": ", ".join(entry.seen)}
+    facts = {"license": entry.license_text, "pretrained on": entry.pretraining, "has seen": ", ".join(entry.seen)}
     return [f"{label} {value}" for label, value in facts.items() if value]

@@ -15,8 +15,8 @@ from imbvlm.sweep.records.resource_usage import ResourceUsage, compute_text
 from imbvlm.sweep.records.summary_tables import (
     HEADINGS,
     METRICS,
-    encoder_notes,
     failure_causes,
+    note_lines,
     objective_text,
     pareto_records,
     pareto_table,
@@ -46,7 +46,7 @@ def list_text(states: Sequence[SweepState], unreadable: Sequence[Unreadable]) ->
         ]
         for state in states
     ]
-    lines = list(dict.fromkeys(note for state in states for note in encoder_notes(state.log, state.spec)))
+    lines = list(dict.fromkeys(note for state in states for note in note_lines(state.log, state.spec)))
     lines += [f"{printable(sweep.folder)}  unreadable: {sweep.reason}" for sweep in unreadable]
     return "\n".join([*([table(header, rows, Console().width)] if rows else []), *lines])
 
@@ -69,7 +69,7 @@ def show_text(state: SweepState) -> str:
     if state.scored:
         on_test = delivered_verdict(log, spec.objective)
         parts += ["", scores_table(state.scored, width), *([] if on_test is None else [str(on_test)])]
-    parts += encoder_notes(log, spec)
+    parts += note_lines(log, spec)
     time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))
     return "\n".join([*parts, *(["", time_and_savings] if time_and_savings else [])])
 
@@ -115,7 +115,7 @@ def _configuration(log: TrialLog, name: str, record: TrialRecord | None) -> str:
 
 def _notes(states: Sequence[SweepState]) -> list[str]:
     """Notes on encoders, and on differences between the sweeps, that make their numbers hard to compare."""
-    notes = dict.fromkeys(note for state in states for note in encoder_notes(state.log, state.spec))
+    notes = dict.fromkeys(note for state in states for note in note_lines(state.log, state.spec))
     data, objectives = [state.manifest for state in states], [state.spec.objective for state in states]
     return [
         *notes,

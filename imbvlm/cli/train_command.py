@@ -25,10 +25,12 @@ OBJECTIVE = "val/balanced_accuracy"
 LOG_FILE = "train.log"
 
 
-def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quiet: bool = False) -> dict[str, float]:
-    """Extract missing features, train, and return the metrics of the last epoch and the best; raises ImbvlmError.
+def train_one(
+    config: TrialConfig, storage_folder: str, out: str | None, *, quiet: bool = False
+) -> tuple[dict[str, float], list[str]]:
+    """Extract missing features and train; returns the metrics of the last epoch and the best, and notes on scores.
 
-    Training uses this machine. Features are extracted on a cluster only if RAY_ADDRESS names one.
+    Training uses this machine. Features are extracted on a cluster only if RAY_ADDRESS names one. Raises ImbvlmError.
     """
     storage.check_folder(storage_folder)
     if out is not None:
@@ -63,9 +65,10 @@ def train_one(config: TrialConfig, storage_folder: str, out: str | None, *, quie
             f"overall {percent(last.get('val/top1_accuracy'))}"
         )
     echo(f"best validation balanced accuracy {percent(last.get('val/best_balanced_accuracy'))}")
-    for line in [*_notes(config, last), *score_notes([config.encoder.name], manifest.name)]:
+    notes = score_notes([config.encoder.name], manifest.name)
+    for line in [*_notes(config, last), *notes]:
         echo(line)
-    return last
+    return last, notes
 
 
 def _log_file(storage_folder: str) -> Path | None:

@@ -47,6 +47,16 @@ class EncoderEntry:
             return self.model
         return f"{TIMM}{self.model}.{self.tag}" if self.loader == "timm" else f"{self.model}/{self.tag}"
 
+    @property
+    def is_non_commercial(self) -> bool:
+        """Whether the license forbids commercial use."""
+        return self.license in NON_COMMERCIAL
+
+    @property
+    def license_text(self) -> str:
+        """The license, marked where it forbids commercial use; empty where it isn't known."""
+        return f"{self.license} (non-commercial)" if self.is_non_commercial else self.license
+
 
 def _openai(model: str, text: str, size: int = 224) -> EncoderEntry:
     return EncoderEntry(model, "openai", text, license="mit", pretraining="OpenAI's image-text pairs", image_size=size)
@@ -156,9 +166,24 @@ def score_notes(names: Iterable[str], benchmark: str) -> list[str]:
             notes.append(
                 f"{name} was pretrained on {entry.seen[benchmark]}: its scores on {benchmark} are too high to compare."
             )
-        if entry is not None and entry.license in NON_COMMERCIAL:
+        if entry is not None and entry.is_non_commercial:
             notes.append(f"{name} is licensed for non-commercial use only ({entry.license}).")
     return notes
+
+
+@dataclass(frozen=True)
+class EncoderTerms:
+    """Licenses of some encoders, as far as they are known, and the notes that belong beside their scores."""
+
+    license: str
+    notes: list[str]
+
+
+def encoder_terms(names: Iterable[str], benchmark: str) -> EncoderTerms:
+    """The terms of the encoders of these names, with scores on a benchmark."""
+    names = list(dict.fromkeys(names))
+    licenses = (entry.license for name in names if (entry := find_entry(name)) is not None)
+    return EncoderTerms(", ".join(dict.fromkeys(filter(None, licenses))), score_notes(names, benchmark))
 
 
 def _origin(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -268,14 +269,22 @@ def seen(tmp_path: Path) -> Path:
 
 
 def test_scores_of_an_encoder_that_has_seen_the_data_carry_a_note(
-    seen: Path, capsys: pytest.CaptureFixture[str]
+    seen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in (("sweep", "show", str(seen)), ("sweep", "list", str(seen.parent)), ("compare", str(seen))):
         text = " ".join(imbvlm(capsys, *arguments).split())
         assert all(note in text for note in NOTES), arguments
-    write_report(str(seen))
+    for arguments in (("sweep", "show", str(seen)), ("sweep", "list", str(seen.parent)), ("compare", str(seen))):
+        shown = json.loads(imbvlm(capsys, *arguments, "--json"))
+        (sweep,) = shown if isinstance(shown, list) else [shown]
+        assert len(sweep["notes"]) == len(NOTES)
+        assert all(f"note: {text}".startswith(note) for text, note in zip(sweep["notes"], NOTES, strict=True))
+    write_report(str(seen), str(tmp_path / "report"))
     # In the headline, and beside the results.
-    assert (seen / "report.html").read_text().count("bioclip was pretrained on TreeOfLife-10M") >= 2
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("note: bioclip was pretrained on TreeOfLife-10M") >= 2
+    with open(tmp_path / "report" / "tables" / "notes.csv", newline="") as stream:
+        assert [row["note"] for row in csv.DictReader(stream)] == sweep["notes"]
 
 
 def test_other_data_has_no_such_note(seen: Path, capsys: pytest.CaptureFixture[str]) -> None:

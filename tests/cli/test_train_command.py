@@ -44,7 +44,9 @@ def test_a_cluster_that_nobody_named_is_left_alone(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         config = TinyImages(tmp_path).config("linear_probe", train__num_epochs=1)
-        assert "val/balanced_accuracy" in train_one(config, str(tmp_path / "runs"), None, quiet=True)
+        metrics, notes = train_one(config, str(tmp_path / "runs"), None, quiet=True)
+        assert "val/balanced_accuracy" in metrics
+        assert notes == []
         cluster.settimeout(0)
         with pytest.raises(BlockingIOError):
             cluster.accept()

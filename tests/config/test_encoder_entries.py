@@ -9,7 +9,7 @@ import pytest
 from open_clip.pretrained import get_pretrained_cfg as open_clip_cfg
 from timm.models import get_pretrained_cfg
 
-from imbvlm.config.encoder_entries import ENCODERS, NON_COMMERCIAL, find_entry, score_notes
+from imbvlm.config.encoder_entries import ENCODERS, NON_COMMERCIAL, encoder_terms, find_entry, score_notes
 from imbvlm.config.input_sections import HF_HUB, EncoderConfig
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 from imbvlm.models.encoders.encoder_factory import describe_encoder
@@ -87,6 +87,9 @@ def test_notes_are_on_what_was_seen_and_may_not_be_sold() -> None:
         "metaclip_vit_b16 is licensed for non-commercial use only (cc-by-nc-4.0).",
     ]
     assert score_notes(["bioclip", "openai_vit_b16"], "places_lt") == []
+    terms = encoder_terms(["bioclip", "metaclip_vit_b16", "local-dir:/nowhere", "openai_vit_b16"], "inat2018")
+    assert terms.license == "mit, cc-by-nc-4.0"
+    assert terms.notes == score_notes(["bioclip", "metaclip_vit_b16"], "inat2018")
     for name in ("timm:convnext_base.fb_in22k_ft_in1k_384", "dinov3_vit_b16", "timm:vit_base_patch14_dinov2.lvd142m"):
         (note,) = score_notes([name], "imagenet_lt")
         assert "ImageNet's training images: its scores on imagenet_lt are too high" in note

@@ -24,7 +24,7 @@ import imbvlm
 from imbvlm.base.schema import Section, flatten, tag_of, variants
 from imbvlm.cli.app import APP
 from imbvlm.cli.options import SweepOptions, add_command, make_app, takes
-from imbvlm.config.encoder_entries import ENCODERS, NON_COMMERCIAL
+from imbvlm.config.encoder_entries import ENCODERS
 from imbvlm.config.input_sections import HF_HUB
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.method_registry import METHODS, default_sections, optional_sections
@@ -305,7 +305,7 @@ def encoders_page() -> str:
             entry.summary,
             entry.pretraining,
             str(entry.image_size),
-            entry.license + (" (non-commercial)" if entry.license in NON_COMMERCIAL else ""),
+            entry.license_text,
             ", ".join(entry.seen),
             f"`{entry.name}`" if entry.tag is not None or entry.name.startswith(HF_HUB) else "in the package",
         ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from imbvlm.base import storage
 from imbvlm.base.yaml_file import dump_yaml
-from imbvlm.config.encoder_entries import find_entry, score_notes
+from imbvlm.config.encoder_entries import encoder_terms
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.blend_folder import write_blend
 from imbvlm.inference.blend_merging import TrainedMember, is_affine
@@ -85,10 +85,9 @@ class DeliveredExport:
         if len(trained) == len(trained[0].refits) == 1:
             trial = TrialExport(self.folder, self.spec, self.log, winner, self.say)
             return trial.write(out, onnx, license_id, trained[0].encoder)
-        write_blend(folder, trained, manifest.class_names, self._scores(), manifest.label_map)
+        terms = encoder_terms((member.config.encoder.name for member in trained), manifest.name)
+        write_blend(folder, trained, manifest.class_names, self._scores(terms.notes), manifest.label_map)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
-        names = dict.fromkeys(member.config.encoder.name for member in trained)
-        entries = [entry for name in names if (entry := find_entry(name)) is not None]
         card = CardContext(
             spec=self.spec,
             log=self.log,
@@ -101,8 +100,7 @@ class DeliveredExport:
             has_onnx=difference is not None,
             has_text=all(encoder.info.has_text for encoder in encoders.values()),
             revision=trained[0].encoder.info.revision,
-            encoder_license=", ".join(dict.fromkeys(entry.license for entry in entries)),
-            encoder_notes=score_notes(names, manifest.name),
+            encoder_terms=terms,
             members=trained,
         )
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(card).encode())
@@ -134,11 +132,12 @@ class DeliveredExport:
     def _weights(self, refit: TrialRecord) -> str:
         return storage.join(self.folder, "refits", refit.trial_id)
 
-    def _scores(self) -> dict[str, object]:
+    def _scores(self, notes: Sequence[str]) -> dict[str, object]:
         scored = [record.epochs[-1] for record in self.log.of("delivered") if record.name == DELIVERED]
         return {
             "validation": None if self.selection is None else {"num_rows": self.selection.num_rows},
             "test": scored[0] if scored else None,
             "selected_by": "log_likelihood" if self.selection is not None else self.spec.best_objective,
             "sweep": self.spec.name,
+            "notes": notes,
         }

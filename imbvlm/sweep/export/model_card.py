@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from imbvlm.base.formatting import mean_std, percent, pluralize
 from imbvlm.base.yaml_file import dump_yaml
+from imbvlm.config.encoder_entries import EncoderTerms
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.blend_merging import TrainedMember
@@ -52,10 +53,9 @@ class CardContext:
     license_id: str
     has_onnx: bool
     has_text: bool
-    # The commit of the hub that the encoder is from, its license, and notes that belong beside its scores.
+    # The commit of the hub that the encoder is from.
     revision: str
-    encoder_license: str
-    encoder_notes: Sequence[str]
+    encoder_terms: EncoderTerms
     members: Sequence[TrainedMember] = ()
 
     @property
@@ -196,6 +196,8 @@ def _metadata(card: CardContext, rows: Sequence[tuple[str, Sequence[TrialRecord]
         ],
         model_name=_name(card) if results else None,
         eval_results=results or None,
+        encoder_license=card.encoder_terms.license or None,
+        encoder_notes=card.encoder_terms.notes or None,
     )  # fmt: skip
     # The library writes YAML 1.1, in which a data set called 5e-4 is no text for the hub.
     return dump_yaml(data.to_dict())  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from imbvlm.base.console import Console
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent
 from imbvlm.base.yaml_file import dump_yaml
-from imbvlm.config.encoder_entries import find_entry, score_notes
+from imbvlm.config.encoder_entries import encoder_terms
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest, absolute_manifest
@@ -100,13 +100,15 @@ class TrialExport:
         encoder = encoder or create_encoder(config.encoder, config.eval)
         check_encoder_weights(self.folder, config.encoder, encoder.info, keep=False)
         folder, names = storage.join(out, MODEL_FOLDER), manifest.class_names
+        terms = encoder_terms([config.encoder.name], manifest.name)
         with self._weights(config, manifest) as weights:
             check_trained_on(weights, config, names, encoder.info.weights_fingerprint)
             post_hoc = self.post_hoc(config, weights, names, encoder)
             tensors = load_model_tensors(weights)
-            write_model(folder, config, tensors, encoder, names, self._scores(), post_hoc, manifest.label_map)
+            write_model(
+                folder, config, tensors, encoder, names, self._scores(terms.notes), post_hoc, manifest.label_map
+            )
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
-        entry = find_entry(config.encoder.name)
         card = CardContext(
             spec=self.spec,
             log=self.log,
@@ -119,8 +121,7 @@ class TrialExport:
             has_onnx=difference is not None,
             has_text=encoder.info.has_text,
             revision=encoder.info.revision,
-            encoder_license="" if entry is None else entry.license,
-            encoder_notes=score_notes([config.encoder.name], manifest.name),
+            encoder_terms=terms,
         )
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(card).encode())
         return difference
@@ -131,12 +132,13 @@ class TrialExport:
         config = refit_config(self.record, self.spec)
         return config if config.train is None else config.with_overrides({"train.seed": self.spec.refit_seeds[0]})
 
-    def _scores(self) -> dict[str, object]:
+    def _scores(self, notes: Sequence[str]) -> dict[str, object]:
         return {
             "validation": self.record.best_epoch(self.spec.objective),
             "refit": self.refits[0].epochs[-1] if self.refits and self.refits[0].epochs else None,
             "selected_by": self.spec.best_objective,
             "sweep": self.spec.name,
+            "notes": notes,
         }
 
     @contextmanager

@@ -68,11 +68,16 @@ def _describe_validation(spec: SweepSpec, manifest: Manifest, stats: ClassStats)
 
 
 def encoder_notes(log: TrialLog, spec: SweepSpec) -> list[str]:
-    """Notes that belong beside a sweep's scores: encoders that have seen its data, and non-commercial licenses."""
+    """Sentences that belong beside a sweep's scores: encoders that have seen its data, non-commercial licenses."""
     location = str(spec.base["data"]["manifest"]).rstrip("/").rpartition("/")[2]
     data = data_name(log.folder) or location.rpartition(":")[2].removesuffix(".parquet")
     names = (str(record.config["encoder"]["name"]) for record in log.records.values() if record.epochs)
-    return [f"note: {note}" for note in score_notes(names, data)]
+    return score_notes(names, data)
+
+
+def note_lines(log: TrialLog, spec: SweepSpec) -> list[str]:
+    """The lines of `encoder_notes` below a table."""
+    return [f"note: {note}" for note in encoder_notes(log, spec)]
 
 
 def failure_causes(failed: list[TrialRecord], noun: str = "trial") -> str:

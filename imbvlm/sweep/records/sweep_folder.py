@@ -16,7 +16,7 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import read_spent
 from imbvlm.sweep.records.difference import splits_of
 from imbvlm.sweep.records.provenance import data_size, require_sweep_plugins
-from imbvlm.sweep.records.summary_tables import METRICS, pareto_records
+from imbvlm.sweep.records.summary_tables import METRICS, encoder_notes, pareto_records
 from imbvlm.sweep.records.trial_log import DELIVERED, SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values, name_rank
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
@@ -149,6 +149,7 @@ class SweepState:
             "seconds": self.seconds,
             "best": None,
             **{split: self._scores(names, split) for split in SPLITS},
+            "notes": encoder_notes(self.log, self.spec),
         }
         if self.spec.other_objectives:
             data["pareto"] = [record.trial_id for record in pareto_records(self.log, self.spec)]

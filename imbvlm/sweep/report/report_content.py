@@ -80,7 +80,7 @@ def build(source: ReportData) -> ReportContent:
     record = source.best or next(iter(source.log.records.values()))
     pairs = score_tables.worst_pairs(source)
     images, problems = _images(pairs, manifest)
-    orders = score_tables.class_orders(source)
+    orders, notes = score_tables.class_orders(source), encoder_notes(source.log, source.spec)
     # A study samples nothing, so there is no parameter to judge.
     ranked = [] if source.spec.study else importances(source)
     order = [importance.key for importance in ranked]
@@ -117,13 +117,13 @@ def build(source: ReportData) -> ReportContent:
         "strata": score_tables.strata(source),
         "compute": [*_compute(source), study_tables.parameters(source)],
         "data": [score_tables.quarantine(source)],
-        "files": [score_tables.per_class(source)],
+        "files": [score_tables.per_class(source), Table("notes", "Notes", ["note"], [[note] for note in notes])],
     }
     return ReportContent(
         source=source,
         encoder=record.trial_config().encoder.name,
         image_size=_image_size(record),
-        encoder_notes=encoder_notes(source.log, source.spec),
+        encoder_notes=notes,
         num_images=_num_images(source, record, manifest),
         verdict=_verdict(source),
         facts=_facts(source),

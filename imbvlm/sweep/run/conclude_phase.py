@@ -14,7 +14,7 @@ from imbvlm.sweep.records.adjustment_selection import describe_post_hoc
 from imbvlm.sweep.records.refit_selection import SUPERSEDED
 from imbvlm.sweep.records.resource_usage import compute_text
 from imbvlm.sweep.records.summary_tables import (
-    encoder_notes,
+    note_lines,
     pareto_records,
     pareto_table,
     scores_table,
@@ -36,7 +36,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     """Print the tables, write best.yaml and the report, and print the files and the next commands."""
     echo, best = run.console.print, run.log.winner_first(run.spec.objective)[0]
     echo()
-    echo("\n".join([search_table(run.log, run.spec, run.console.width), *encoder_notes(run.log, run.spec)]))
+    echo("\n".join([search_table(run.log, run.spec, run.console.width), *note_lines(run.log, run.spec)]))
     if run.selection is not None:
         echo(describe_selection(run.selection, run.log, run.spec, "test" in run.manifest.splits))
     echo(verdict(run.log, run.spec))
@@ -106,7 +106,7 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
     if data.has_test:
         shown = [record for record in run.scored if record.name in names or record.name.startswith(SUPERSEDED)]
         echo()
-        echo("\n".join([scores_table(shown, run.console.width), *encoder_notes(run.log, run.spec)]))
+        echo("\n".join([scores_table(shown, run.console.width), *note_lines(run.log, run.spec)]))
         if data.verdict_on_test is not None:
             echo(str(data.verdict_on_test))
         if data.classes is not None and data.classes.averaged_over:

@@ -24,6 +24,7 @@ import imbvlm
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.cli.sweep_listing import show_text
+from imbvlm.config.encoder_entries import EncoderTerms
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.claims import Claim
@@ -85,8 +86,7 @@ def card(folder: Path, **changes: Any) -> str:
         "has_onnx": True,
         "has_text": True,
         "revision": "",
-        "encoder_license": "",
-        "encoder_notes": (),
+        "encoder_terms": EncoderTerms("", []),
     }
     best = changes.pop("record", best)
     return model_card(CardContext(spec=spec, log=log, record=best, config=best.trial_config(), **{**given, **changes}))
@@ -172,11 +172,15 @@ def test_the_card_of_an_encoder_without_text_names_neither_clip_nor_zero_shot_lo
 
 def test_the_card_names_the_encoders_revision_license_and_what_it_has_seen(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
-    text = card(folder, revision="a" * 40, encoder_license="cc-by-nc-4.0", encoder_notes=["It has seen the data."])
+    terms = EncoderTerms("cc-by-nc-4.0", ["It has seen the data."])
+    text = card(folder, revision="a" * 40, encoder_terms=terms)
     metrics, _, rest = text.partition("## How it was selected")
     assert metrics.rstrip().endswith("It has seen the data.")
     assert f"(tinylit_lite0, revision {'a' * 40} of the hub, license cc-by-nc-4.0)" in rest
     assert "revision" not in card(folder)
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.encoder_license, data.encoder_notes) == ("cc-by-nc-4.0", ["It has seen the data."])
 
 
 def test_the_card_has_the_same_verdict_as_the_report_and_the_terminal(tmp_path: Path) -> None:
