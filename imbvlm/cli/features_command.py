@@ -33,6 +33,7 @@ class Extraction:
     num_bytes: int
     free_bytes: int | None
     seconds: float | None
+    notice: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -55,6 +56,7 @@ class Extraction:
                 f"computed {self.num_images:,} images (views counted), {size_text(self.num_bytes)}, in "
                 f"{self.seconds:,.1f} s: {speed:,.1f} a second"
             )
+        lines += [self.notice] if self.notice else []
         return "\n".join([*lines, *(f"  {split:<6} {folder}" for split, folder in self.folders.items())])
 
 
@@ -72,11 +74,11 @@ def extract(
     info = describe_encoder(config.encoder)
     total = sum(store_bytes(config, info, manifest, outputs, manifest.splits).values())
     num_images, num_bytes = pending_images(config, manifest, root, outputs, manifest.splits)
-    folders, seconds = {}, None
+    folders, seconds, notice = {}, None, ""
     if not dry_run:
         started = time.monotonic()
         features = ensure_features(config, manifest, root, outputs, manifest.splits, report=report)
-        folders, seconds = dict(features.folders), time.monotonic() - started
+        folders, seconds, notice = dict(features.folders), time.monotonic() - started, features.notice
     ordered = tuple(name for name in OUTPUT_NAMES if name in outputs)
     free = storage.free_bytes(root)
     return Extraction(
@@ -91,6 +93,7 @@ def extract(
         num_bytes,
         free,
         seconds,
+        notice,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from imbvlm.base.schema import Section
+from imbvlm.base.schema import ADDED_LATER, Section
 
 # The range that both torch and numpy take.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -100,15 +100,22 @@ class FeaturesConfig(Section):
         "has AMX, where it is 3 times as fast; else float32",
     )
 
-    @field_validator("computed_in")
+    compile: Annotated[bool | Literal["auto"], ADDED_LATER] = Field(
+        "auto",
+        description="compile the encoder with torch.compile before a pass; auto: on GPUs, for timm's transformers "
+        "(SigLIP, PE, DINOv3) in passes that save more time than compiling takes",
+    )
+
+    @field_validator("computed_in", "compile")
     @classmethod
-    def _only_of_stored(cls, computed_in: str, info: ValidationInfo) -> str:
-        if computed_in != "auto" and not info.data.get("store", True):
+    def _only_of_stored(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+        if value != "auto" and not info.data.get("store", True):
+            key, of_images = f"features.{info.field_name}", "compile" if info.field_name == "compile" else "precision"
             raise ValueError(
-                f"features.computed_in applies to stored features alone, got {computed_in} with features.store false. "
-                "Set features.store: true, or features.computed_in: auto. train.precision applies to trials on images."
+                f"{key} applies to stored features alone, got {value} with features.store false. "
+                f"Set features.store: true, or {key}: auto. train.{of_images} applies to trials on images."
             )
-        return computed_in
+        return value
 
 
 class FeatureCacheConfig(Section):

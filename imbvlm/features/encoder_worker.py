@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 from collections.abc import Sequence
@@ -28,13 +29,21 @@ BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 class EncoderWorker:
     """Holds an encoder in one process; a call with a loaded block writes the block's shards.
 
-    Several threads may call it: one block at a time is computed while others are written.
+    Several threads may call it: one block at a time is computed while others are written. With `compile_for`, the
+    images of a block, the encoder is compiled first, if torch can: for one size of batches, to which the last of a
+    block is filled up.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, *, compile_for: int = 0) -> None:
         self.encoder = encoder
         self.batch_size = BATCH_ON_GPU if encoder.device.type == "cuda" else BATCH_ON_CPU
         self._running = threading.Lock()
+        self._not_compiled, self._fills_batches = None, False
+        if compile_for:
+            # As many batches as before, of one size.
+            self.batch_size = math.ceil(compile_for / math.ceil(compile_for / self.batch_size))
+            self._not_compiled = encoder.compile(self.batch_size)
+            self._fills_batches = self._not_compiled is None
 
     def __call__(self, block: LoadedBlock) -> BlockSummary:
         """Store the block's missing outputs."""
@@ -50,7 +59,7 @@ class EncoderWorker:
             shaped[list(bad)] = 0
             written[output] = store.write(output, block.shard, shaped, block.reasons)
         bad_rows = {rows.start + number: reason for number, reason in bad.items()}
-        return BlockSummary(block.folder, block.shard, len(block.images), written, bad_rows)
+        return BlockSummary(block.folder, block.shard, len(block.images), written, bad_rows, self._not_compiled)
 
     def _run(
         self, images: npt.NDArray[np.uint8], outputs: Sequence[OutputName], store: FeatureStore
@@ -62,9 +71,12 @@ class EncoderWorker:
         buffers = {output: torch.empty(shape, dtype=precision, pin_memory=on_gpu) for output, shape in shapes.items()}
         for start in range(0, len(images), self.batch_size):
             batch = as_tensor(images[start : start + self.batch_size])
+            size = len(batch)
+            if self._fills_batches and size < self.batch_size:
+                batch = torch.cat([batch, batch[:1].expand(self.batch_size - size, *batch.shape[1:])])
             result = self.encoder.forward_images(batch.pin_memory() if on_gpu else batch)
             for output, values in buffers.items():
-                values[start : start + len(batch)].copy_(getattr(result, output), non_blocking=True)
+                values[start : start + size].copy_(getattr(result, output)[:size], non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize(self.encoder.device)
         return {output: values.numpy() for output, values in buffers.items()}
@@ -77,6 +89,7 @@ def make_encoder_worker(
     computed_in: ComputeDtype,
     num_threads: int,
     use_gpu: bool,
+    compile_for: int,
 ) -> EncoderWorker:
     """Load an encoder in a process of its own.
 
@@ -91,4 +104,4 @@ def make_encoder_worker(
             f"the weights of {encoder.name} on {socket.gethostname()} are not those of the machine that began the "
             "extraction. Give every machine the same file."
         )
-    return EncoderWorker(loaded.compute_in(computed_in))
+    return EncoderWorker(loaded.compute_in(computed_in), compile_for=compile_for)

@@ -24,7 +24,14 @@ from imbvlm.data.bad_image_limits import bad_image_findings
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.features.class_embeddings import ensure_class_embeddings
 from imbvlm.features.encoder_worker import BATCH_ON_CPU, EncoderWorker, make_encoder_worker
-from imbvlm.features.extraction_plan import PendingPart, num_gpus, plan_part, resolve_compute_dtype, store_parts
+from imbvlm.features.extraction_plan import (
+    PendingPart,
+    num_gpus,
+    plan_part,
+    resolve_compile,
+    resolve_compute_dtype,
+    store_parts,
+)
 from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
@@ -87,9 +94,10 @@ def ensure_features(
     if text or (encoder.info.has_text and "image_embedding" in outputs):
         # The text encoder runs before the long pass, so that it fails early where it can't be loaded.
         embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report)
+    notice = ""
     if any(part.missing for part in parts):
         encoder.check()
-        _fill(config, parts, encoder, report)
+        notice = _fill(config, parts, encoder, report)
     for part in parts:
         _check_quarantine(config, part, stored, report)
     folders, crops = (
@@ -100,13 +108,16 @@ def ensure_features(
     cache = cache or FeatureCacheConfig()
     is_cached = FeatureCache(cache).is_needed_for(root, has_many_machines=has_many_machines())
     used_cache = cache if is_cached else None
-    return FeatureSet(location, folders, stored, encoder.info, embeddings, config.encoder.absolute(), crops, used_cache)
+    return FeatureSet(
+        location, folders, stored, encoder.info, embeddings, config.encoder.absolute(), crops, used_cache, notice
+    )
 
 
 # -------------------------------------------------------------------------------------------------- filling
 
 
-def _fill(config: TrialConfig, parts: Sequence[PendingPart], encoder: Encoder, report: Report) -> None:
+def _fill(config: TrialConfig, parts: Sequence[PendingPart], encoder: Encoder, report: Report) -> str:
+    """Compute the missing shards; returns a sentence for the user where the encoder was to be compiled and wasn't."""
     progress = _Progress(sum(part.num_images for part in parts), report)
     progress.begin()
     is_strict = config.data.on_bad_image == "strict"
@@ -117,8 +128,13 @@ def _fill(config: TrialConfig, parts: Sequence[PendingPart], encoder: Encoder, r
     # Size in bytes of each shard that was written.
     written: dict[tuple[str, OutputName], dict[int, int]] = {}
     fits = _fits_here(config, encoder, progress.num_images)
-    local = compute_here(encoder, blocks, max_seconds=2 * SECONDS_HERE) if fits else ()
-    for summary in chain(local, _compute_in_workers(config, parts, encoder, blocks, progress)):
+    images_per_block = max(part.store.layout.rows_per_shard * part.store.num_views for part in parts)
+    compile_for = images_per_block if resolve_compile(config, encoder, progress.num_images) else 0
+    local = compute_here(encoder, blocks, max_seconds=2 * SECONDS_HERE, compile_for=compile_for) if fits else ()
+    remote = _compute_in_workers(config, encoder, blocks, progress, images_per_block, compile_for)
+    for summary in chain(local, remote):
+        if summary.not_compiled is not None:
+            progress.notice = f"the encoder {encoder.info.name} computes without torch.compile: {summary.not_compiled}"
         progress.add(summary.num_images)
         interrupts.check()
         for output, num_bytes in summary.written.items():
@@ -133,6 +149,7 @@ def _fill(config: TrialConfig, parts: Sequence[PendingPart], encoder: Encoder, r
             storage.write_bytes(storage.join(part.store.folder, PACE_FILE), pace.encode())
     for (folder, output), shards in written.items():
         by_folder[folder].store.mark_verified(output, shards, bad[folder])
+    return progress.notice
 
 
 def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
@@ -150,12 +167,14 @@ def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
     return min(durations) * num_images / BATCH_ON_CPU <= SECONDS_HERE
 
 
-def compute_here(encoder: Encoder, blocks: deque[ImageBlock], *, max_seconds: float) -> Iterator[BlockSummary]:
+def compute_here(
+    encoder: Encoder, blocks: deque[ImageBlock], *, max_seconds: float, compile_for: int = 0
+) -> Iterator[BlockSummary]:
     """Summaries of the blocks that this process computes, which it takes from the deque's front and threads load.
 
     After `max_seconds`, as where loading takes far longer than the encoder, the remaining blocks stay in the deque.
     """
-    worker, loads = EncoderWorker(encoder), deque[Future[LoadedBlock]]()
+    worker, loads = EncoderWorker(encoder, compile_for=compile_for), deque[Future[LoadedBlock]]()
     num_threads, deadline = min(LOADING_THREADS, os.cpu_count() or 1), time.monotonic() + max_seconds
     with ThreadPoolExecutor(num_threads) as pool:
         while True:
@@ -168,10 +187,11 @@ def compute_here(encoder: Encoder, blocks: deque[ImageBlock], *, max_seconds: fl
 
 def _compute_in_workers(
     config: TrialConfig,
-    parts: Sequence[PendingPart],
     encoder: Encoder,
     blocks: Sequence[ImageBlock],
     progress: _Progress,
+    images_per_block: int,
+    compile_for: int,
 ) -> Iterator[BlockSummary]:
     if not blocks:
         return
@@ -190,8 +210,8 @@ def _compute_in_workers(
             blocks,
             load_block,
             make_encoder_worker,
-            (*loaded, dtype, threads, bool(gpus)),
-            images_per_block=max(part.store.layout.rows_per_shard * part.store.num_views for part in parts),
+            (*loaded, dtype, threads, bool(gpus), compile_for),
+            images_per_block=images_per_block,
             num_encoder_workers=progress.num_encoder_workers,
             cpus_per_worker=1 if gpus else threads,
             gpus_per_worker=1 if gpus else 0,
@@ -218,6 +238,8 @@ class _Progress:
         self._timed_from: tuple[int, float] | None = None
         # Seconds of the whole cluster; None before two blocks have ended.
         self.seconds_per_image: float | None = None
+        # Ends each line, so that a long pass shows it while it runs.
+        self.notice = ""
         self._lock = threading.Lock()
 
     def begin(self) -> None:
@@ -247,7 +269,7 @@ class _Progress:
 
     def _print(self, text: str) -> None:
         with self._lock:
-            self.report(text)
+            self.report("; ".join(filter(None, (text, self.notice))))
 
 
 # ------------------------------------------------------------------------------------------------ afterwards

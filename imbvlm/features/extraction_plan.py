@@ -21,11 +21,15 @@ from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import ImageBlock
 from imbvlm.features.store_layout import STORE_FILE, StoreKey, StoreLayout
 from imbvlm.models.encoders.encoder import Encoder
+from imbvlm.models.encoders.encoder_outputs import gains_from_compile
 from imbvlm.ray_runtime.cluster_resources import has_many_machines, ray_gpus
 
 ROWS_PER_SHARD = 512
 # Limit, in bytes, for a block of crops and for the largest output of a shard in memory.
 SHARD_BYTES = 96_000_000
+# Compiling takes a GPU's worker up to a minute, and saves a fifth of a pass or more: it pays after some 200 s of about
+# 1e14 operations each, 600,000 images of a ViT-B/16 or 60,000 of a ViT-L/14 at 336 px. Estimated, not measured.
+MIN_COMPILED_OPERATIONS = 2e16
 # Small data is still cut into a few blocks, so that several workers share it.
 MIN_SHARDS = 8
 
@@ -118,6 +122,17 @@ def resolve_compute_dtype(config: TrialConfig, info: EncoderInfo) -> ComputeDtyp
     # The CPUs of other machines are not known.
     pays = info.kind == "vit" and torch.cpu._is_amx_tile_supported() and not has_many_machines()
     return "bfloat16" if pays else "float32"
+
+
+def resolve_compile(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
+    """Whether a pass compiles the encoder: `features.compile`, or by default where a GPU gains more than it costs."""
+    if config.features.compile != "auto":
+        return config.features.compile
+    gpus, info = num_gpus(), encoder.info
+    if not gpus or not gains_from_compile(encoder.image_tower):
+        return False
+    num_tokens = info.num_tokens * info.token_pooling**2
+    return 2 * info.num_parameters * num_tokens * num_images / gpus >= MIN_COMPILED_OPERATIONS
 
 
 def num_gpus() -> int:

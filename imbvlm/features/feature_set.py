@@ -26,6 +26,7 @@ class FeatureSet:
 
     `encoder` is the configuration of the encoder, valid in any working directory, for trials that run it themselves.
     `five_crop` has the folders of the splits that are stored as five crops. Without `cache` trials read in place.
+    `notice` is a sentence for the user about the pass that has just stored them; empty without one.
     """
 
     manifest: str
@@ -36,6 +37,7 @@ class FeatureSet:
     encoder: EncoderConfig | None = None
     five_crop: Mapping[str, str] = field(default_factory=dict)
     cache: FeatureCacheConfig | None = None
+    notice: str = field(default="", compare=False)
 
     def store(self, split: str) -> FeatureStore:
         """The store of an official split; raises StoreError where it was not extracted."""

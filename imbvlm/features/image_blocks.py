@@ -50,13 +50,17 @@ class LoadedBlock:
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """A stored block: bytes of each output's shard, and the reasons of rows without an image."""
+    """A stored block: bytes of each output's shard, and the reasons of rows without an image.
+
+    `not_compiled` is the reason why the worker could not compile its encoder as it should.
+    """
 
     folder: str
     shard: int
     num_images: int
     written: Mapping[OutputName, int]
     bad: Mapping[int, str]
+    not_compiled: str | None = None
 
 
 def load_block(block: ImageBlock) -> LoadedBlock:

@@ -169,6 +169,8 @@ def test_one_wrong_value_is_one_mistake(key: str, value: Any, says: str) -> None
 def test_what_the_tower_computes_in_is_of_stored_features() -> None:
     says = "features.computed_in applies to stored features alone, got bfloat16 with features.store false. Set features"
     assert says in refused("features.computed_in", "bfloat16", features={"store": False})
+    says = "features.compile applies to stored features alone, got True with features.store false. Set features.store"
+    assert says in refused("features.compile", True, features={"store": False})
 
 
 def test_knobs_that_would_have_no_effect_are_refused() -> None:

@@ -66,6 +66,32 @@ def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its
     assert store.mapped_shard("pooled", 1).values.flatten().tolist() == [2, 2, 2, 2, 0, 0]
 
 
+@pytest.mark.parametrize("reason", [None, "no C compiler"])
+def test_a_compiled_tower_sees_batches_of_one_size(
+    tmp_path: Path, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each size is compiled anew, which takes longer than what it saves."""
+    monkeypatch.setattr("imbvlm.features.encoder_worker.BATCH_ON_CPU", 2)
+    FeatureStore.create(str(tmp_path), LAYOUT)
+    compiled, seen = [], []
+
+    def forward(images: torch.Tensor) -> SimpleNamespace:
+        seen.append(len(images))
+        return mean_pixels(images)
+
+    def compile_for(batch_size: int) -> str | None:
+        compiled.append(batch_size)
+        return reason
+
+    encoder = SimpleNamespace(device=torch.device("cpu"), forward_images=forward, compile=compile_for)
+    summary = EncoderWorker(encoder, compile_for=3)(block(tmp_path, 0))
+    assert compiled == [2]
+    assert seen == ([2, 2] if reason is None else [2, 1])
+    assert summary.not_compiled == reason
+    store = FeatureStore.open(str(tmp_path))
+    assert store.mapped_shard("pooled", 0).values.flatten().tolist() == [1, 1, 1, 1, 0, 0]
+
+
 def test_one_block_at_a_time_goes_through_the_tower(tmp_path: Path) -> None:
     FeatureStore.create(str(tmp_path), LAYOUT)
     inside = threading.Lock()

@@ -10,6 +10,7 @@ from collections import deque, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -33,7 +34,7 @@ from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import LazyRows
 from imbvlm.features.extraction import compute_here, ensure_features
-from imbvlm.features.extraction_plan import plan_part, store_parts
+from imbvlm.features.extraction_plan import plan_part, resolve_compile, store_parts
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import ImageBlock, load_block
@@ -297,6 +298,64 @@ def test_blocks_that_this_process_has_no_time_for_are_left_to_workers(
     assert len(done) == (2 if is_late else num_blocks)
     assert [block.shard for block in blocks] == list(range(len(done), num_blocks))
     assert list(pending.store.present("pooled")) == list(range(len(done)))
+
+
+@pytest.mark.parametrize(
+    ("compile_setting", "num_gpus", "kind", "num_images", "compiles"),
+    [
+        ("auto", 0, "image_only_vit", 10**12, False),
+        ("auto", 1, "image_only_vit", 10**12, True),
+        ("auto", 1, "image_only_vit", 2000, False),
+        ("auto", 10**9, "image_only_vit", 10**12, False),
+        ("auto", 1, "vit", 10**12, False),
+        (True, 0, "vit", 1, True),
+        (False, 1, "image_only_vit", 10**12, False),
+    ],
+)
+def test_an_encoder_is_compiled_for_long_passes_of_timms_transformers_on_gpus(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compile_setting: bool | str,
+    num_gpus: int,
+    kind: str,
+    num_images: int,
+    compiles: bool,
+) -> None:
+    monkeypatch.setattr("imbvlm.features.extraction_plan.num_gpus", lambda: num_gpus)
+    config = trial(tmp_path, write_tower(tmp_path / "tower", kind), {"compile": compile_setting})
+    assert resolve_compile(config, create_encoder(config.encoder, config.eval), num_images) == compiles
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_compiled_features_are_those_of_the_same_store(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    manifest, outputs = make_data(tmp_path), {"pooled"}
+    plain, _ = extract(tmp_path, trial(tmp_path, tower, EXACT), manifest, outputs, splits=("val",))
+    expected = plain.store("val").gather("pooled", np.arange(NUM_VAL))
+    shutil.rmtree(tmp_path / "features")
+    compiled, said = extract(
+        tmp_path, trial(tmp_path, tower, {**EXACT, "compile": True}), manifest, outputs, splits=("val",)
+    )
+    assert compiled.folders == plain.folders
+    torch.testing.assert_close(compiled.store("val").gather("pooled", np.arange(NUM_VAL)), expected)
+    assert compiled.notice == ""
+    assert not any("torch.compile" in line for line in said)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_where_an_encoder_cannot_be_compiled_the_pass_goes_on_and_says_so(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: Mock(side_effect=RuntimeError("no C compiler")))
+    config = trial(tmp_path, tower, {**EXACT, "compile": True})
+    features, said = extract(tmp_path, config, make_data(tmp_path), {"pooled"}, splits=("val",))
+    sentence = f"the encoder {tower} computes without torch.compile: RuntimeError: no C compiler"
+    assert features.notice == sentence
+    assert said[-1].endswith(f"; {sentence}")
+    assert not features.store("val").missing("pooled")
 
 
 @pytest.mark.usefixtures("without_ray")

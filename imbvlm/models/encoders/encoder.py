@@ -62,6 +62,9 @@ class Encoder(Protocol):
     def compute_in(self, precision: ComputeDtype) -> Self:
         """Set what the image side computes in and return the encoder; raises ImbvlmError where the GPU can't."""
 
+    def compile(self, batch_size: int) -> str | None:
+        """Compile the image side for batches of a size; returns the reason where it can't, None where it did."""
+
     def forward_images(self, images: Tensor) -> EncoderOutput:
         """Outputs without gradients of crops (B, 3, S, S) in bytes."""
 

@@ -219,6 +219,11 @@ def num_registers(image_tower: Any) -> int:
     return num_prefix - int(_timm_has_class_token(image_tower)) if num_prefix else 0
 
 
+def gains_from_compile(image_tower: nn.Module) -> bool:
+    """Whether torch.compile pays on GPUs: timm's tables have 26 to 61 % for its transformers, 3 to 12 % for CLIP's."""
+    return isinstance(image_tower, TimmModel | TimmTower) and _timm_is_vit(image_tower)
+
+
 def _timm_has_class_token(image_tower: Any) -> bool:
     return getattr(image_tower.trunk, "cls_token", None) is not None
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pickle import UnpicklingError
@@ -34,6 +34,9 @@ BUILD_ERRORS = (
     SafetensorError, UnpicklingError,
 )  # fmt: skip
 
+# Limits of what compiling may change of an output, by compute dtype, as a share of the output's norm.
+MAX_DIFFERENCE: Mapping[ComputeDtype, float] = {"float32": 1e-4, "bfloat16": 5e-2}
+
 
 class ImageEncoder(ABC):
     """The image side that implementations of `Encoder` share; each builds, names and saves its library's model.
@@ -54,6 +57,8 @@ class ImageEncoder(ABC):
         self.device = next(model.parameters()).device
         self.image_tower = self.image_tower_of(model)
         self.rules = visual_rules(self.image_tower, info.name)
+        # Compiled where `compile` was called.
+        self._tower_outputs: Callable[[Any, Tensor], EncoderOutput] = self.rules.outputs
         # Set for a GPU only: a CPU computes in the dtype of the weights.
         self._autocast_dtype: ComputeDtype | None = None
         self._input_dtype = torch.float32
@@ -202,6 +207,34 @@ class ImageEncoder(ABC):
             self.image_tower.to(self._input_dtype)
         return self
 
+    def compile(self, batch_size: int) -> str | None:
+        """Compile the image side with torch.compile for batches of a size, in its present dtype.
+
+        Returns the reason where torch can't, or where outputs differ from those before by more than rounding does; the
+        encoder then stays as it was.
+        """
+        images, reason = self._synthetic_image().repeat(batch_size, 1, 1, 1), ""
+        before = self.forward_images(images)
+        is_half = self._autocasts() or self._input_dtype == torch.bfloat16
+        limit = MAX_DIFFERENCE["bfloat16" if is_half else "float32"]
+        try:
+            self._tower_outputs = torch.compile(self.rules.outputs)
+            difference = _relative_difference(self.forward_images(images), before)
+            if not difference <= limit:
+                reason = f"compiled outputs differ by {difference:.2g} of their norm, more than {limit:g}"
+        except BUILD_ERRORS as error:
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        if not reason:
+            return None
+        self._tower_outputs = self.rules.outputs
+        return reason
+
+    def _synthetic_image(self) -> Tensor:
+        """One image (1, 3, S, S) in bytes with all kinds of values."""
+        size = self.info.image_size
+        values = torch.arange(3 * size * size, dtype=torch.int64).mul(2654435761).remainder(251)
+        return values.to(torch.uint8).view(1, 3, size, size)
+
     @torch.inference_mode()
     def forward_images(self, images: Tensor) -> EncoderOutput:
         """Outputs (float32, on the encoder's device) of crops (B, 3, S, S) in bytes, as `preprocess` makes them.
@@ -215,7 +248,7 @@ class ImageEncoder(ABC):
         """The same as `forward_images`, for a graph: the caller decides whether gradients are kept."""
         pixels = self.normalize(images).to(self._input_dtype)
         with torch.autocast("cuda", torch.bfloat16, enabled=self._autocasts()):
-            tokens, pooled, embedding = self.rules.outputs(self.image_tower, pixels)
+            tokens, pooled, embedding = self._tower_outputs(self.image_tower, pixels)
         tokens, pooled = tokens.float(), pooled.float()
         tokens = tokens if self.token_pool is None else self.token_pool @ tokens
         return EncoderOutput(tokens, pooled, None if embedding is None else embedding.float())
@@ -251,9 +284,7 @@ class ImageEncoder(ABC):
 
     def check(self) -> None:
         """Compare the outputs with the library's own on a synthetic image; raises ImbvlmError."""
-        size = self.info.image_size
-        image = torch.arange(3 * size * size, dtype=torch.int64).mul(2654435761).remainder(251).to(torch.uint8)
-        pixels = self.normalize(image.view(1, 3, size, size))
+        pixels = self.normalize(self._synthetic_image())
         with torch.inference_mode():
             expected = self.own_output(pixels).float()
             _, pooled, embedding = self.rules.outputs(self.image_tower, pixels)
@@ -264,6 +295,12 @@ class ImageEncoder(ABC):
                 f"the encoder {self.info.name} can't be used: its {type(self.image_tower).__name__} computes something "
                 f"unknown here (outputs differ from its own by {difference:.2g} of the largest value)."
             )
+
+
+def _relative_difference(outputs: EncoderOutput, expected: EncoderOutput) -> float:
+    """The largest norm of a difference over all outputs, as a share of the output's own norm."""
+    pairs = [(a, b) for a, b in zip(outputs, expected, strict=True) if a is not None and b is not None]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-6)) for a, b in pairs)
 
 
 def build_error(source: EncoderSource, weights: str | None, error: BaseException) -> ImbvlmError:

@@ -186,6 +186,8 @@ class TrialExport:
                 text=needs_text(config), cache=self.spec.feature_copies,
             )  # fmt: skip
         console.end_live()
+        if features.notice:
+            self.say(features.notice)
         settings = TrialSettings(
             config=config,
             feature_set=features,

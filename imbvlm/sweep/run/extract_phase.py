@@ -41,6 +41,8 @@ def extract_splits(run: SweepRun, splits: tuple[str, ...]) -> dict[str, FeatureS
             check_encoder=partial(check_encoder_weights, run.folder, config.encoder),
         )
         run.console.end_live()
+        if features.notice:
+            run.console.print(features.notice)
         feature_sets[feature_key(config)] = features
         folder = features.folders.get("train")
         if folder is not None and (seconds := seconds_per_image(folder)) is not None:

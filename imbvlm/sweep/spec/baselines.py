@@ -19,9 +19,10 @@ BASELINES_PER_ENCODER = 2 + len(HEADS)
 # The probe stops after this many epochs without a better validation score.
 PROBE_PATIENCE = 10
 PROBE_EPOCHS = 100
-# The sections that decide which features a trial reads, and the one key in them that doesn't.
+# The sections that decide which features a trial reads, and the keys in them that don't.
 FEATURE_SECTIONS = ("encoder", "features", "eval", "prompts")
 STORE_KEY = "features.store"
+OTHER_KEYS = (STORE_KEY, "features.compile")
 PROBE: Tree = {
     "classifier": {"kind": "linear"},
     "loss": {"name": "cross_entropy"},
@@ -58,7 +59,7 @@ def feature_key(config: TrialConfig) -> str:
     tree = config.to_tree()
     sections = {
         "encoder": tree["encoder"],
-        "features": {key: value for key, value in tree["features"].items() if f"features.{key}" != STORE_KEY},
+        "features": {key: value for key, value in tree["features"].items() if f"features.{key}" not in OTHER_KEYS},
         "eval": tree["eval"],
         "prompts": tree.get("prompts") or {},
     }

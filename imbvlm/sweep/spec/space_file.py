@@ -26,6 +26,7 @@ NOT_SEARCHED: Mapping[str, str] = {
     "data.on_bad_image": "it decides what is extracted, not how well a trial does",
     "data.max_bad_images": "it decides when a run stops, not how well a trial does",
     "data.max_bad_share": "it decides when a run stops, not how well a trial does",
+    "features.compile": "it decides how fast features are computed, not how well a trial does",
     "eval.jpeg_downscale": "it decides how fast images are read, not how well a trial does",
     "eval.tte": "validation doesn't use it, so nothing would choose; set it in base",
     "eval.expand": "validation doesn't use it, so nothing would choose; set it in base",

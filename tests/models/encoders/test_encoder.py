@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_outputs import OUTPUTS
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
+from imbvlm.models.encoders.image_encoder import MAX_DIFFERENCE
 from imbvlm.models.encoders.token_pooling import pooling_matrix
 
 # Other image sizes that each kind can be given.
@@ -76,6 +78,55 @@ def test_in_bfloat16_the_outputs_are_the_same_to_its_rounding(folders: dict[str,
         assert F.cosine_similarity(got.flatten(1), wanted.flatten(1)).min() > 0.999, name
         assert not torch.equal(got, wanted), name
     assert encoder.compute_in("bfloat16") is encoder
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["vit", "timm_siglip", "timm_eva_map", "timm_vit_registers"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_encoder_has_the_same_outputs_to_rounding(
+    folders: dict[str, str], backend: str, kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `eager` torch captures the graph and compiles nothing, which takes a CPU most of the time."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    encoder = load(folders[kind], OTHER_SIZE[kind]).compute_in(precision)
+    crops = images(encoder, 4)
+    expected = encoder.forward_images(crops)
+    assert encoder.compile(4) is None
+    assert encoder._tower_outputs is not encoder.rules.outputs
+    for got, wanted in zip(encoder.forward_images(crops), expected, strict=True):
+        assert (got - wanted).norm() <= MAX_DIFFERENCE[precision] * wanted.norm()
+    torch._dynamo.reset()
+
+
+def wrong(function: Any) -> Any:
+    return lambda *arguments: type(function(*arguments))(*(1.1 * output for output in function(*arguments)))
+
+
+def unavailable(function: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("compiled", "says"),
+    [
+        (wrong, "compiled outputs differ by 0.1 of their norm"),
+        (unavailable, "RuntimeError: Failed to find C compiler."),
+    ],
+)
+def test_an_encoder_that_compiles_to_something_else_stays_as_it_was(
+    folders: dict[str, str], compiled: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(folders["vit"])
+    crops = images(encoder)
+    expected = encoder.forward_images(crops)
+    monkeypatch.setattr(torch, "compile", compiled)
+    reason = encoder.compile(2)
+    assert reason is not None
+    assert reason.startswith(says)
+    assert torch.equal(encoder.forward_images(crops).pooled, expected.pooled)
 
 
 def test_a_gpu_without_units_for_bfloat16_is_refused(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
