@@ -100,14 +100,14 @@ RUN_HERE = (
     "guides/studies.md",
     "guides/sweeps.md",
 )
-GPU_BOX, S3 = "guides/gpu-box.md", "guides/s3-and-clusters.md"
+COMPARING, GPU_BOX, S3 = "guides/comparing-encoders.md", "guides/gpu-box.md", "guides/s3-and-clusters.md"
 # Launching has a page of its own, whose commands need a cluster.
 LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |imbvlm check-cluster ")
 
 
 def test_every_page_with_commands_is_run_by_a_test() -> None:
     # Contributing's are checked by tests/test_repository.py.
-    assert {page for page, text in PAGES.items() if code_blocks(text)} == {*RUN_HERE, GPU_BOX, S3}
+    assert {page for page, text in PAGES.items() if code_blocks(text)} == {*RUN_HERE, COMPARING, GPU_BOX, S3}
 
 
 def test_the_readmes_commands_are_those_of_pages_that_run() -> None:
@@ -180,6 +180,21 @@ def model(clone: Path) -> Path:
 @pytest.mark.parametrize("page", [page for page in RUN_HERE if page != "guides/models.md"])
 def test_commands_run(clone: Path, page: str) -> None:
     run_commands(commands(PAGES[page]), clone)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_commands_that_compare_encoders_run_on_those_of_this_machine(clone: Path) -> None:
+    here = {
+        "openai_vit_b16,siglip2_vit_b16,dinov3_vit_b16": "tinylit_lite0,local-dir:my-tower",
+        "pe_core_b16,dinov2_vit_b14 --sizes 224,336": "tinylit_lite0 --sizes 64,96",
+    }
+    run_commands(["imbvlm manifest build --folders photos -o photos.parquet"], clone)
+    lines = commands(PAGES[COMPARING])
+    for named, instead in here.items():
+        lines = [line.replace(named, instead) for line in lines]
+    run_commands(lines, clone)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import typer
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.version import __version__
-from imbvlm.cli.encoder_command import fetch
+from imbvlm.cli.encoder_command import compare_encoders, fetch
 from imbvlm.cli.export_command import export
 from imbvlm.cli.manifest_command import build, check, show
 from imbvlm.cli.options import GroupHelp, Json, ManifestPath, add_command, examples, make_app, run_program, with_plugins
@@ -243,7 +243,7 @@ GROUPS = {
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
     ),
     "encoder": (
-        "Bring encoders to machines without a network.",
+        "Compare encoders on your images, and bring them to machines without a network.",
         "imbvlm encoder fetch openai_vit_b16 -o openai_vit_b16",
     ),
     "sweep": (
@@ -262,6 +262,13 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
         examples(
             "imbvlm encoder fetch openai_vit_b16 -o openai_vit_b16",
             "imbvlm encoder fetch hf-hub:imageomics/bioclip-2 -o bioclip-2",
+        ),
+    ),
+    "encoder compare": (
+        with_plugins(compare_encoders),
+        examples(
+            "imbvlm encoder compare photos.parquet --encoders openai_vit_b16,siglip2_vit_b16,dinov3_vit_b16",
+            "imbvlm encoder compare photos.parquet --encoders pe_core_b16 --sizes 224,384 --json",
         ),
     ),
     "features extract": (

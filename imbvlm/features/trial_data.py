@@ -117,12 +117,14 @@ class TrialData:
         )
 
     @staticmethod
-    def open_folds(config: TrialConfig, features: FeatureSet, num_folds: int) -> tuple[TrialData, ...]:
+    def open_folds(
+        config: TrialConfig, features: FeatureSet, num_folds: int, *, table: LabelRows | None = None
+    ) -> tuple[TrialData, ...]:
         """The data of each fold of the training rows (data/folds.py), for a trial on stored features.
 
-        Raises StoreError, StorageError.
+        `table` as in `open`. Raises StoreError, StorageError.
         """
-        table = label_rows(features.manifest)
+        table = label_rows(features.manifest) if table is None else table
         whole = TrialData.open(config, features, refit=True, table=table)
         assert isinstance(whole.train, StoredRows), "a trial that reads images is scored on held-out rows"
         row_numbers = table.rows_of("train")[whole.train.rows]

@@ -48,6 +48,14 @@ class FoldedRun:
         """Epochs of the longest run: with `train.num_steps` a smaller fold has more of them."""
         return max(run.num_epochs for run in self.runs)
 
+    @property
+    def val_counters(self) -> ClassCounters:
+        """Counts of all folds' validation rows in the last epoch."""
+        total = ClassCounters(len(self.runs[0].data.class_names))
+        for run in self.runs:
+            total.add(run.val_counters)
+        return total
+
     def join(self, pack: TrialPack) -> None:
         """Train with the other members of a pack from now on, each fold with the same fold of theirs."""
         for number, run in enumerate(self.runs):
@@ -102,11 +110,8 @@ class FoldedRun:
 
     def _validation(self, epoch: int) -> dict[str, float]:
         """`val/` metrics of all folds' rows, and the running maxima of the accuracies."""
-        total = ClassCounters(len(self.runs[0].data.class_names))
-        for run in self.runs:
-            total.add(run.val_counters)
         # The shot groups of all folds are those of the official counts.
-        metrics = total.compute(self.runs[0].data.class_stats)
+        metrics = self.val_counters.compute(self.runs[0].data.class_stats)
         return validation_metrics(metrics, epoch, self.best, self.best_epoch)
 
     def state_dict(self) -> TrialState:

@@ -95,12 +95,9 @@ def baselines(sweep: ResolvedSweep) -> dict[str, Baseline]:
     searched = sweep.space.values_of("method", sweep.spec.base)
     rows, heads = [], []
     for zero_shot, suffix in zip(configs, _suffixes(configs), strict=True):
-        train = {key: value for key, value in own_train.items() if key not in ("num_epochs", "num_steps")}
-        probe = {**zero_shot.to_tree(), **PROBE, "method": "linear_probe", "train": {**train, **PROBE["train"]}}
         if has_text(zero_shot.encoder):
             rows.append(Baseline(f"zero-shot{suffix}", zero_shot, None))
-        config = TrialConfig.from_tree(YamlTree(probe, "baseline"))
-        rows.append(Baseline(f"linear probe{suffix}", config, PROBE_PATIENCE))
+        rows.append(Baseline(f"linear probe{suffix}", probe_config(zero_shot, own_train), PROBE_PATIENCE))
         if zero_shot.features.store:
             heads += [
                 Baseline(f"{name.replace('_', ' ')}{suffix}", zero_shot.with_overrides({"method": name}), None)
@@ -108,6 +105,13 @@ def baselines(sweep: ResolvedSweep) -> dict[str, Baseline]:
                 if name not in searched
             ]
     return {f"b{number:05d}": baseline for number, baseline in enumerate([*rows, *heads], 1)}
+
+
+def probe_config(zero_shot: TrialConfig, own_train: Tree) -> TrialConfig:
+    """Return the linear probe on the features of `zero_shot`; `own_train` has a sweep's options, all but the length."""
+    train = {key: value for key, value in own_train.items() if key not in ("num_epochs", "num_steps")}
+    probe = {**zero_shot.to_tree(), **PROBE, "method": "linear_probe", "train": {**train, **PROBE["train"]}}
+    return TrialConfig.from_tree(YamlTree(probe, "baseline"))
 
 
 def _suffixes(configs: list[TrialConfig]) -> list[str]:
