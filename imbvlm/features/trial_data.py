@@ -60,7 +60,8 @@ class TrialData:
 
     `encoder_tensors` are those of the FeatureSet. `class_embeddings` (C, E) is None where no text was encoded.
     `warnings` are sentences for the user. For a trial that reads images, `train` and `val` are rows of the manifest,
-    `stored` has the same training rows in the store, and `encoder` is the encoder to run.
+    `stored` has the same training rows in the store, and `encoder` is the encoder to run. A fold has the official
+    validation rows, if there are any, as `official`.
     """
 
     class_names: tuple[str, ...]
@@ -73,6 +74,7 @@ class TrialData:
     warnings: tuple[str, ...] = ()
     stored: StoredRows | None = None
     encoder: EncoderConfig | None = None
+    official: StoredRows | None = None
 
     @property
     def model_inputs(self) -> ModelInputs:
@@ -128,11 +130,13 @@ class TrialData:
         whole = TrialData.open(config, features, refit=True, table=table)
         assert isinstance(whole.train, StoredRows), "a trial that reads images is scored on held-out rows"
         row_numbers = table.rows_of("train")[whole.train.rows]
+        official = whole.val if isinstance(whole.val, StoredRows) and len(whole.val) else None
         opened = []
         for fold in deal_folds(table, num_folds, config.data.split_seed).folds:
             is_val = np.isin(row_numbers, fold.val)
             train, val = whole.train.subset(~is_val, whole.train.num_views), whole.train.subset(is_val, 1)
-            opened.append(replace(whole, class_stats=_class_stats(table, train), train=train, val=val, stored=train))
+            stats = _class_stats(table, train)
+            opened.append(replace(whole, class_stats=stats, train=train, val=val, stored=train, official=official))
         return tuple(opened)
 
     @staticmethod

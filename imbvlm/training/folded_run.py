@@ -22,7 +22,8 @@ class FoldedRun:
     """Runs of one configuration, one for each fold, whose epochs go side by side.
 
     Its `val/` metrics are of all folds' rows together, its seconds are sums. An option that validation selects is the
-    median over the folds, and any other metric the mean.
+    median over the folds, and any other metric the mean. Official validation rows, which no fold trains on, are scored
+    by all runs after the last epoch.
     """
 
     def __init__(self, runs: Sequence[TrialRun]) -> None:
@@ -90,9 +91,16 @@ class FoldedRun:
     def gathered_logits(self, workers: WorkerGroup) -> Tensor | None:
         """Validation logits (N, C) of the last epoch, fold after fold; None where they would take too much memory.
 
-        Every worker must call it.
+        Official rows follow with the mean of all runs' logits; with them there is None before the end. Every worker
+        must call it.
         """
+        official = self.runs[0].data.official
+        if official is not None and self.epoch < self.num_epochs:
+            return None
         logits = [run.gathered_logits(workers) for run in self.runs]
+        if official is not None:
+            scored = [run.evaluate_full(official, keeps_logits=True).logits for run in self.runs]
+            logits.append(torch.stack([of_run.float() for of_run in scored if of_run is not None]).mean(dim=0).half())
         return torch.cat([of_fold for of_fold in logits if of_fold is not None]) if None not in logits else None
 
     def _joined(self, results: Sequence[EpochResult]) -> EpochResult:

@@ -17,6 +17,7 @@ from torch import Tensor
 from imbvlm.base import storage
 from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.logits import floored_counts
 from imbvlm.longtail.worker_group import WorkerGroup
 
 # Limit on one epoch's logits in half precision; a trial with more saves none.
@@ -63,7 +64,7 @@ class SavedValLogits:
     """A trial's saved logits (N, C) in half precision: of its best epoch, and of its last if it was completed.
 
     `targets` (N,) are the rows' classes, and `folds` (N,) the folds that scored them, all 0 without folds. `stats` has
-    the class counts of each fold's training.
+    the class counts of each fold's training. Official rows, which the models of all K folds have scored, are part K.
     """
 
     epochs: Mapping[str, int]
@@ -73,9 +74,15 @@ class SavedValLogits:
     stats: tuple[ClassStats, ...]
 
     def class_counts(self, rows: Tensor) -> Tensor:
-        """The class counts with which the selected `rows` were trained: of all, (C,), or with folds of each, (N, C)."""
-        counts = torch.stack([torch.from_numpy(stats.counts) for stats in self.stats])
-        return counts[0] if len(self.stats) == 1 else counts[self.folds[rows]]
+        """The class counts with which the selected `rows` were trained: of all, (C,), or with folds of each, (N, C).
+
+        Those of official rows are geometric means over the folds: the mean of logits, each adjusted with its own
+        counts, is the mean logit adjusted with these.
+        """
+        counts = torch.stack([floored_counts(stats.counts, torch.device("cpu")) for stats in self.stats])
+        if len(self.stats) == 1:
+            return counts[0]
+        return torch.cat([counts, counts.log().mean(dim=0, keepdim=True).exp()])[self.folds[rows]]
 
     def best(self) -> Tensor | None:
         """Logits of the best epoch by the objective."""
@@ -121,7 +128,8 @@ class ValLogitsWriter:
 
     def __init__(self, uri: str, data: Sequence[TrialData], before: SavedValLogits | None, seconds: float) -> None:
         self._uri, self._seconds = uri, seconds
-        labels = [fold.val.labels.astype(np.int32) for fold in data]
+        scored = [fold.val for fold in data] + ([] if data[0].official is None else [data[0].official])
+        labels = [rows.labels.astype(np.int32) for rows in scored]
         counts = [fold.class_stats.counts for fold in data]
         self._fixed = {
             "targets": torch.from_numpy(np.concatenate(labels)),
@@ -130,8 +138,8 @@ class ValLogitsWriter:
             "split_counts": torch.tensor(data[0].class_stats.split_counts),
         }
         if len(data) > 1:
-            self._fixed["folds"] = torch.arange(len(data), dtype=torch.int32).repeat_interleave(
-                torch.tensor([len(of_fold) for of_fold in labels])
+            self._fixed["folds"] = torch.arange(len(labels), dtype=torch.int32).repeat_interleave(
+                torch.tensor([len(of_part) for of_part in labels])
             )
         self._epochs = {} if before is None else dict(before.epochs)
         self._logits = {} if before is None else dict(before.logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny_data import tiny_config, tiny_features
 from trial_logits import trial_logits
 
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.post_hoc_adjustment import adjust_logits, select_tau
@@ -28,8 +30,18 @@ COUNTS = (40, 12, 4, 2, 1, 0)
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
+def official(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
+    """With a validation split."""
     return tiny_features(tmp_path_factory.mktemp("features"), COUNTS)
+
+
+@pytest.fixture(scope="module")
+def features(official: FeatureSet) -> FeatureSet:
+    """The same images without a validation split."""
+    whole, path = Manifest.read(official.manifest), str(Path(official.manifest).with_name("unsplit.parquet"))
+    whole.take(np.sort(np.concatenate([whole.rows_of(split) for split in ("train", "test")]))).write(path)
+    folders = {split: folder for split, folder in official.folders.items() if split != "val"}
+    return replace(official, manifest=path, folders=folders)
 
 
 def folded(config: TrialConfig, features: FeatureSet) -> FoldedRun:
@@ -177,3 +189,51 @@ def test_a_longer_fold_of_a_fixed_number_of_steps_ends_last(features: FeatureSet
     assert len(results) == run.num_epochs
     assert {of_fold.step for of_fold in run.runs} == {5}
     assert run.gathered_logits(SINGLE_WORKER).shape == (sum(COUNTS[:4]), len(COUNTS))
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "discriminant", "zero_shot"])
+def test_official_rows_are_scored_by_every_fold_model_and_trained_on_by_none(
+    official: FeatureSet, features: FeatureSet, tmp_path: Path, method: str
+) -> None:
+    """The rows of the folds have the numbers that they have without a validation split."""
+    config = tiny_config(method)
+    settings = settings_of(config, official, tmp_path / "official")
+    last = list(session().reports(settings))[-1]
+    without = settings_of(config, features, tmp_path / "without")
+    expected = list(session().reports(without))[-1]
+    assert last.metrics["val/balanced_accuracy"] == expected.metrics["val/balanced_accuracy"]
+    stored, of_folds = saved(settings), saved(without)
+    is_official = stored.folds == NUM_FOLDS
+    assert torch.equal(stored.last()[~is_official], of_folds.last())
+    assert [stats.counts.tolist() for stats in stored.stats] == [stats.counts.tolist() for stats in of_folds.stats]
+    whole = TrialData.open(config, official)
+    assert stored.targets[is_official].tolist() == whole.val.labels.tolist()
+    for tau in (0.0, 1.3):
+        adjusted = []
+        for data in TrialData.open_folds(config, official, NUM_FOLDS):
+            run = build_trial(config, data)
+            list(run.epochs())
+            counts = np.maximum(np.bincount(data.train.labels, minlength=len(COUNTS)), 0.5)
+            prior = torch.from_numpy(np.log(counts / counts.sum()))
+            adjusted.append(trial_logits(run, whole.val).double() - tau * prior)
+        mean = torch.stack(adjusted).mean(dim=0)
+        counts = stored.class_counts(is_official)
+        actual = adjust_logits(stored.last()[is_official].double(), counts, tau)
+        torch.testing.assert_close(actual.softmax(dim=1), mean.softmax(dim=1), atol=2e-3, rtol=0)
+
+
+def test_a_run_over_folds_goes_on_to_the_same_official_scores(official: FeatureSet, tmp_path: Path) -> None:
+    config = tiny_config("linear_probe", train__num_epochs=4)
+    whole = settings_of(config, official, tmp_path / "whole")
+    list(session().reports(whole))
+    stopped = settings_of(
+        config, official, tmp_path / "stopped", checkpoint_folder=str(tmp_path / "c"), checkpoint_seconds=0.0
+    )
+    running = session().reports(stopped)
+    next(running)
+    next(running)
+    running.close()
+    assert read_logits(str(stopped.logits_file)) is None, "only the last epoch's are kept"
+    list(session().reports(stopped))
+    assert torch.equal(saved(stopped).last(), saved(whole).last())
+    assert torch.equal(saved(stopped).folds, saved(whole).folds)

@@ -331,9 +331,8 @@ def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path: Path) -
 
 def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path: Path) -> None:
     rows, classes = 50, 20
-    data = SimpleNamespace(
-        val=SimpleNamespace(labels=np.zeros(rows, int)), class_stats=ClassStats.from_counts([9] * classes)
-    )
+    val, stats = SimpleNamespace(labels=np.zeros(rows, int)), ClassStats.from_counts([9] * classes)
+    data = SimpleNamespace(val=val, class_stats=stats, official=None)
     keeper = ValLogitsWriter.open(str(tmp_path / "l"), [data])
     keeper.keep(1, torch.zeros(rows, classes).half(), is_best=True, is_last=False)
     keeper.keep(2, torch.zeros(rows, classes).half(), is_best=False, is_last=True)
