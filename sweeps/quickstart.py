@@ -27,7 +27,14 @@ spec = SweepSpec(
     # Proven recipes come first, as the large sweeps pin their published ones.
     first_trials=[{**RECIPE, "method": "linear_probe"}, {**RECIPE, "method": "decoder", "decoder.depth": 1}],
     confirm_trials=3,
-    smoke={"confirm_trials": 0, "num_trials": 8, "encoder.image_size": 64, "train.num_epochs": 6, "refit_seeds": [0]},
+    smoke={
+        "confirm_trials": 0,
+        "confirm_folds": None,
+        "num_trials": 8,
+        "encoder.image_size": 64,
+        "train.num_epochs": 6,
+        "refit_seeds": [0],
+    },
 )
 
 if __name__ == "__main__":

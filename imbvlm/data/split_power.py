@@ -84,6 +84,14 @@ def resolve_folds(num_folds: int | None, manifest: Manifest, split_seed: int) ->
     return 1 if is_enough else NUM_FOLDS
 
 
+def resolve_confirm_folds(num_folds: int, manifest: Manifest, split_seed: int) -> int:
+    """The folds that score the best trials again where an official validation split decides too little; 1 if none."""
+    official = manifest.labels[manifest.rows_of("val")]
+    if not len(official) or not split_power(official, manifest.class_stats()).calls_for_folds:
+        return 1
+    return num_folds if deal_folds(manifest.label_rows(), num_folds, split_seed).folds else 1
+
+
 def validation_rows(manifest: Manifest, split_seed: int, num_folds: int) -> Rows:
     """Manifest row numbers that score trials on stored features: the official split, held-out rows, or all folds'."""
     if num_folds == 1:

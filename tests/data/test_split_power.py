@@ -12,7 +12,14 @@ from imbvlm.cli.app import main
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_check import check_manifest
 from imbvlm.data.manifest_summary import summary
-from imbvlm.data.split_power import NUM_FOLDS, SplitPower, resolve_folds, split_power, split_powers
+from imbvlm.data.split_power import (
+    NUM_FOLDS,
+    SplitPower,
+    resolve_confirm_folds,
+    resolve_folds,
+    split_power,
+    split_powers,
+)
 from imbvlm.longtail.class_stats import ClassStats
 
 COUNTS = np.array([40, 12, 3, 1, 0])
@@ -79,6 +86,15 @@ def test_folds_are_for_data_whose_held_out_rows_decide_too_little() -> None:
     assert resolve_folds(10, many, 0) == 10
     assert resolve_folds(10, folder([30, 3], (2, 2)), 0) == 1, "an official split"
     assert resolve_folds(None, folder([4, 3, 2]), 0) == NUM_FOLDS, "nothing would be held out"
+
+
+def test_folds_confirm_where_an_official_split_decides_too_little() -> None:
+    assert resolve_confirm_folds(5, folder([30, 3], (50, 50)), 0) == 5, "a standard error of 5 points"
+    assert resolve_confirm_folds(5, folder([300, 200], (1300, 1300)), 0) == 1, "0.98 points"
+    assert resolve_confirm_folds(5, folder([300, 3], (6000, 700)), 0) == 1, "0.998 points, few-shot 1.9"
+    assert resolve_confirm_folds(5, folder([300, 300, 3], (9000, 9000, 600)), 0) == 5, "few-shot 2.04 points"
+    assert resolve_confirm_folds(5, folder([1, 1], (50, 50)), 0) == 1, "no class can be divided"
+    assert resolve_confirm_folds(5, folder([30, 3]), 0) == 1, "no official split"
 
 
 def test_a_class_of_single_images_alone_can_select_nothing() -> None:

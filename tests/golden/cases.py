@@ -156,6 +156,7 @@ def sweep_spec() -> dict[str, Any]:
         "max_concurrent_trials": 1,
         "confirm_trials": 2,
         "confirm_seeds": [1],
+        "confirm_folds": None,
         "refit_seeds": [0, 1],
     }
 

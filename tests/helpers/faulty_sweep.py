@@ -49,6 +49,7 @@ def sweep_spec(manifest: Path, storage: str, **fields: Any) -> SweepSpec:
             "trial_scheduler": {"name": "none"},
             "max_concurrent_trials": 1,
             "refit_seeds": [0],
+            "confirm_folds": None,
             "storage": storage,
             **fields,
         }

@@ -129,10 +129,11 @@ def _selected(card: CardContext) -> str:
     if card.members[1:] or _is_winner(card):
         own = f"the baseline {record.name}, the winner" if record.kind == "baseline" else "the winner"
         own = f"a blend of {len(card.members)}" if card.members[1:] else own
-        number = pluralize(len(log.of("baseline")), "baseline")
+        number, selection = pluralize(len(log.of("baseline")), "baseline"), read_selection(log.folder)
+        rows = "validation images" if selection is None else selection.rows
         return (
             f"{own[0].upper()}{own[1:]} of {pluralize(num_trials, 'trial')} and {number} by class-balanced "
-            "log-likelihood on validation images"
+            f"log-likelihood on {rows}"
         )
     rank = [trial.trial_id for trial in log.best(card.spec.objective)].index(record.trial_id) + 1
     return f"Number {rank} of {pluralize(num_trials, 'trial')} by {card.spec.best_objective} on validation images"

@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imbvlm.config.method_registry import own_sections
 from imbvlm.config.trial_config import TrialConfig
@@ -44,7 +44,8 @@ class Interval:
 class SplitSizes:
     """Numbers of images; a refit also trains on those held out from training for validation.
 
-    With folds a trial on stored features has `num_folds` runs, which together evaluate `folds_val` images.
+    With folds a trial on stored features has `num_folds` runs, which together evaluate `folds_val` images. The best
+    trials may be scored again over `confirm_folds`, on so many training images and on those of validation.
     """
 
     train: int
@@ -53,6 +54,12 @@ class SplitSizes:
     test: int
     num_folds: int = 1
     folds_val: int = 0
+    confirm_folds: int = 1
+    confirm_val: int = 0
+
+    def over_folds(self) -> SplitSizes:
+        """Return the sizes with which `confirm_folds` would score all trials."""
+        return replace(self, num_folds=self.confirm_folds, folds_val=self.confirm_val)
 
     def of_trial(self, config: TrialConfig) -> EpochSizes:
         """Return what a trial of the search reads in an epoch."""
@@ -198,12 +205,13 @@ def expected_asha_fraction(spec: SweepSpec) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of wall time of each phase."""
+    """Seconds of wall time of each phase; `over_folds` those of baselines and trials if `confirm_folds` scored all."""
 
     features: float | None
     baselines: Interval | None
     trials: Interval | None
     refits: Interval | None
+    over_folds: Interval | None = None
 
     @property
     def total(self) -> Interval | None:
@@ -234,7 +242,22 @@ class Estimator:
         The upper bound is without ASHA, and with baselines that use up their epochs. The lower bound is for ASHA that
         stops as many trials as it can, and baselines that stop as early as they can.
         """
-        return Estimate(features, self._baseline_seconds(), self._search_seconds(packs), self._refit_seconds())
+        of_trial = self.rows.of_trial
+        baselines, trials = self._baseline_seconds(of_trial), self._search_seconds(of_trial, packs)
+        estimate = Estimate(features, baselines, trials, self._refit_seconds())
+        return estimate if self.rows.confirm_folds == 1 else self._with_folds(estimate, packs)
+
+    def _with_folds(self, estimate: Estimate, packs: PackStatistics) -> Estimate:
+        """Add the scores over folds to the trials, and estimate folds from the start."""
+        spec, of_folds = self.sweep.spec, self.rows.over_folds().of_trial
+        baselines, trials = self._baseline_seconds(of_folds), self._search_seconds(of_folds, packs)
+        alone, packed = self._trial_seconds(of_folds), self._trial_seconds(of_folds, packs)
+        if estimate.trials is None or baselines is None or trials is None or alone is None or packed is None:
+            return estimate
+        num_trials = min(spec.num_confirmed, self.sweep.num_trials, spec.max_trials or self.sweep.num_trials)
+        num_again = num_trials + spec.confirm_trials * len(spec.more_seeds)
+        again = Interval(packed, alone).times(num_again / self.concurrent)
+        return replace(estimate, trials=estimate.trials + again + baselines, over_folds=baselines + trials)
 
     def _epoch_seconds(self, config: TrialConfig, sizes: EpochSizes, pack_size: float = 1.0) -> float | None:
         return self.speeds.epoch_seconds(config, sizes, self.sweep.spec.num_workers, pack_size)
@@ -255,9 +278,9 @@ class Estimator:
             total += self.start / pack_size + epoch * num_epochs(config, sizes.train)
         return total / len(self.configs)
 
-    def _search_seconds(self, packs: PackStatistics) -> Interval | None:
+    def _search_seconds(self, of_trial: Callable[[TrialConfig], EpochSizes], packs: PackStatistics) -> Interval | None:
         """Estimate the trials of the search and those with confirmation seeds."""
-        spec, of_trial, num_trials = self.sweep.spec, self.rows.of_trial, self.sweep.num_trials
+        spec, num_trials = self.sweep.spec, self.sweep.num_trials
         alone, packed = self._trial_seconds(of_trial), self._trial_seconds(of_trial, packs)
         if alone is None or packed is None:
             return None
@@ -267,10 +290,10 @@ class Estimator:
         confirm = alone * num_confirmed / min(self.concurrent, max(1, num_confirmed))
         return Interval(max(search.low, alone) + confirm, max(search.high, alone) + confirm)
 
-    def _baseline_seconds(self) -> Interval | None:
+    def _baseline_seconds(self, of_trial: Callable[[TrialConfig], EpochSizes]) -> Interval | None:
         total = Interval(0.0, 0.0)
         for baseline in self.baselines:
-            sizes = self.rows.of_trial(baseline.config)
+            sizes = of_trial(baseline.config)
             epoch = self._epoch_seconds(baseline.config, sizes)
             if epoch is None:
                 return None

@@ -15,7 +15,7 @@ from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.split_power import resolve_folds, validation_rows
+from imbvlm.data.split_power import resolve_confirm_folds, resolve_folds, validation_rows
 from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.models.encoders.encoder_factory import describe_encoder
@@ -23,6 +23,7 @@ from imbvlm.models.model_builder import refusals
 from imbvlm.ray_runtime.cluster_resources import Cluster
 from imbvlm.ray_runtime.shared_folder_check import nodes_without_access
 from imbvlm.sweep.records.adjustment_selection import max_logit_files
+from imbvlm.sweep.records.refit_selection import max_confirmed
 from imbvlm.sweep.spec.baselines import baselines, encoder_configs, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import member_bytes, pack_key
@@ -253,6 +254,19 @@ def num_folds(spec: SweepSpec, manifest: Manifest) -> int:
     return resolve_folds(spec.num_folds, manifest, spec.split_seed)
 
 
+def confirm_folds(sweep: ResolvedSweep, manifest: Manifest) -> int:
+    """Return the folds that score the best trials and the baselines again before the selection; 1 without them."""
+    spec = sweep.spec
+    if spec.confirm_folds is None or not spec.selects_by_likelihood:
+        return 1
+    if all(config.reads_images for config in sweep.corner_trials()):
+        return 1
+    num_rows = len(manifest.rows_of("train")) + len(manifest.rows_of("val"))
+    if not RowLogits.fits(num_rows, len(manifest.class_names)):
+        return 1
+    return resolve_confirm_folds(spec.confirm_folds, manifest, spec.split_seed)
+
+
 def data_counts(manifest: Manifest, split_seed: int, num_folds: int = 1) -> tuple[ClassStats, list[int]]:
     """Return the counts of the images that train, and the number of validation images of each class.
 
@@ -334,7 +348,16 @@ def max_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, packs: Packing, co
     """Return the most bytes that validation logits take at one time."""
     num_running = concurrent * packs.largest(sweep)
     num_bytes = logit_file_bytes(sweep.spec, manifest)
-    return max_logit_files(sweep, num_running, num_bytes) * num_bytes
+    return max_logit_files(sweep, num_running, num_bytes) * num_bytes + confirm_logit_bytes(sweep, manifest)
+
+
+def confirm_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, num_ended: int = 0) -> int:
+    """Return the most bytes that logits of `confirm_folds` can add to those of `num_ended` trials that have ended."""
+    folds, spec = confirm_folds(sweep, manifest), sweep.spec
+    if folds == 1:
+        return 0
+    num_rows = len(validation_rows(manifest, spec.split_seed, folds)) + len(manifest.rows_of("val"))
+    return max(0, max_confirmed(sweep) - num_ended) * file_bytes(num_rows, len(manifest.class_names), folds)
 
 
 def max_test_logit_bytes(sweep: ResolvedSweep, manifest: Manifest) -> int:

@@ -13,9 +13,10 @@ from imbvlm.config.encoder_entries import find_entry, score_notes
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.split_power import split_power
 from imbvlm.features.store_sizes import token_size_options
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
-from imbvlm.sweep.plan.cost_estimate import Interval
+from imbvlm.sweep.plan.cost_estimate import Interval, SplitSizes
 from imbvlm.sweep.plan.feasibility import at_a_time, max_test_logit_bytes, needed_outputs, uses_ray_train
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder
@@ -173,11 +174,27 @@ def _inputs(plan: Plan) -> Rows:
 def _validation(plan: Plan) -> str:
     """Describe the folds, and what they cost; empty where official or held-out images score trials."""
     rows = plan.rows
+    if plan.manifest is not None and rows is not None and rows.confirm_folds > 1:
+        return _confirmation(plan, rows, plan.manifest)
     if rows is None or rows.num_folds == 1:
         return ""
     return (
         f"{rows.num_folds} folds of the training images score trials on stored features, on {rows.folds_val:,} images "
         f"in place of {rows.val:,} held-out ones, and take {rows.num_folds} times as long; num_folds: 1 turns them off"
+    )
+
+
+def _confirmation(plan: Plan, rows: SplitSizes, manifest: Manifest) -> str:
+    """Describe what validation can't decide, which folds decide then, and what folds would cost from the start."""
+    power, estimate = split_power(manifest.labels[manifest.rows_of("val")], manifest.class_stats()), plan.estimate
+    cost = f"{rows.confirm_folds} times as long"
+    if estimate is not None and estimate.over_folds is not None:
+        cost = between(estimate.over_folds.low, estimate.over_folds.high)
+    return (
+        f"{rows.val:,} images tell {power.intervals()}, too little to select by: the best {plan.spec.num_confirmed} "
+        f"trials and the baselines are scored again over {rows.confirm_folds} folds of the training images, on "
+        f"{rows.confirm_val:,} of these and on validation; folds from the start would make baselines and trials take "
+        f"{cost}; confirm_folds: null turns them off"
     )
 
 

@@ -16,6 +16,7 @@ from imbvlm.base.formatting import pluralize
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.split_power import validation_rows
 from imbvlm.data.splits import train_val_rows
 from imbvlm.features.extraction import SECONDS_HERE
 from imbvlm.features.feature_cache import FeatureCache
@@ -51,6 +52,7 @@ from imbvlm.sweep.plan.feasibility import (
     check_manifest,
     check_models,
     concurrent_trials,
+    confirm_folds,
     data_counts,
     max_logit_bytes,
     needed_outputs,
@@ -224,7 +226,7 @@ def make_plan(spec: SweepSpec, measure: Measure | None, num_gpus: int | None = N
             _plan_encoder(sweep, config, infos, manifest, is_here=is_here) for config in encoder_configs(sweep)
         )
     sample = sample_trials(sweep)
-    rows = None if manifest is None else _split_sizes(spec, manifest)
+    rows = None if manifest is None else _split_sizes(sweep, manifest)
     plan = Plan(
         sweep=sweep,
         manifest=manifest,
@@ -304,9 +306,10 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
         return None, str(error)
 
 
-def _split_sizes(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
+def _split_sizes(sweep: ResolvedSweep, manifest: Manifest) -> SplitSizes:
+    spec = sweep.spec
     train, val = train_val_rows(manifest, spec.split_seed)
-    folds = num_folds(spec, manifest)
+    folds, folds_again = num_folds(spec, manifest), confirm_folds(sweep, manifest)
     return SplitSizes(
         train=len(train),
         val=len(val),
@@ -314,6 +317,8 @@ def _split_sizes(spec: SweepSpec, manifest: Manifest) -> SplitSizes:
         test=len(manifest.rows_of("test")),
         num_folds=folds,
         folds_val=sum(data_counts(manifest, spec.split_seed, folds)[1]),
+        confirm_folds=folds_again,
+        confirm_val=0 if folds_again == 1 else len(validation_rows(manifest, spec.split_seed, folds_again)),
     )
 
 

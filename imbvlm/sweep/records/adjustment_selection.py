@@ -30,7 +30,7 @@ from imbvlm.longtail.post_hoc_adjustment import (
     select_alpha,
     select_tau,
 )
-from imbvlm.sweep.records.refit_selection import Refit, refits
+from imbvlm.sweep.records.refit_selection import Refit, confirmed, refits
 from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.baselines import baselines, feature_key
@@ -103,7 +103,8 @@ def trials_to_choose_from(log: TrialLog, spec: SweepSpec, file_bytes: int) -> se
     trial's end changes its value.
     """
     best, ranked = log.best(spec.objective), log.ranked(spec.objective)
-    needed = [*log.of("baseline"), *log.of("confirm"), *best[:NUM_BEST], *ranked[: spec.confirm_trials]]
+    needed = [*log.of("baseline"), *log.of("confirm"), *log.of("folds")]
+    needed += [*best[:NUM_BEST], *ranked[: spec.confirm_trials]]
     needed += [record for record in ranked if record.state == "finished"][: max_candidates(spec, file_bytes)]
     needed += [refit.record for refit in refits(log, spec)] if best else []
     return {record.trial_id for record in needed}
@@ -166,7 +167,7 @@ def select_adjustments(
     selections = {}
     for refit in selected:
         if METHODS[refit.config.method].learns and not refit.is_fresh:
-            validation = read_validation(folder, refit.record, log)
+            validation = read_validation(folder, refit.record, log, spec)
             if validation is not None:
                 selections[refit.name] = select_adjustment(validation, spec)[0]
     return selections
@@ -229,8 +230,9 @@ def _describe_value(name: str, selection: ValueSelection, metric: str) -> str:
 class Validation:
     """A trial's validation rows of the epoch at which its refit ends: a baseline's best epoch, a trial's last one.
 
-    `logits` (N, C) and `zero_shot` (N, C), None without text, are of the rows of both; `class_counts` are those of the
-    training, (C,), or of each row's fold (N, C). `saved` has all rows.
+    They are rows of all folds and of official validation, at the last epoch, where `confirm_folds` has scored the
+    trial. `logits` (N, C) and `zero_shot` (N, C), None without text, are of the rows of both; `class_counts` are those
+    of the training, (C,), or of each row's fold (N, C). `saved` has all rows.
     """
 
     saved: SavedValLogits
@@ -245,15 +247,18 @@ class Validation:
         return len(self.targets) == len(self.saved.targets)
 
 
-def read_validation(folder: str, record: TrialRecord, log: TrialLog) -> Validation | None:
+def read_validation(folder: str, record: TrialRecord, log: TrialLog, spec: SweepSpec) -> Validation | None:
     """A trial's validation rows with those of its encoder's zero-shot baseline; None without logits."""
-    saved = read_logits(logits_file(folder, record.trial_id))
+    runs = confirmed(log, spec)
+    runs = runs if record.trial_id in runs else {}
+    scored = runs.get(record.trial_id, record)
+    saved = read_logits(logits_file(folder, scored.trial_id))
     if saved is None:
         return None
-    logits = saved.best() if record.kind == "baseline" or saved.last() is None else saved.last()
+    logits = saved.best() if scored.kind == "baseline" or saved.last() is None else saved.last()
     if logits is None:
         return None
-    zero_shot = _zero_shot_logits(folder, record, log)
+    zero_shot = _zero_shot_logits(folder, record, log, runs)
     other = None if zero_shot is None or not torch.equal(zero_shot.targets, saved.targets) else zero_shot.best()
     seen = ~logits.isnan().any(dim=1)
     if other is not None:
@@ -290,8 +295,13 @@ def select_adjustment(rows: Validation, spec: SweepSpec) -> tuple[AdjustmentSele
     return selection, adjusted
 
 
-def _zero_shot_logits(folder: str, record: TrialRecord, log: TrialLog) -> SavedValLogits | None:
-    """The logits of the zero-shot baseline of the trial's encoder; None if the encoder itself was trained."""
+def _zero_shot_logits(
+    folder: str, record: TrialRecord, log: TrialLog, runs: Mapping[str, TrialRecord]
+) -> SavedValLogits | None:
+    """The logits of the zero-shot baseline of the trial's encoder, in its place those of its run over folds in `runs`.
+
+    None if the encoder itself was trained.
+    """
     config = record.trial_config()
     if METHODS[config.method].trains_encoder or not METHODS[config.method].learns:
         return None
@@ -301,4 +311,6 @@ def _zero_shot_logits(folder: str, record: TrialRecord, log: TrialLog) -> SavedV
         if not METHODS[other.config["method"]].learns and feature_key(other.trial_config()) == feature_key(config)
     )
     baseline = next(of_encoder, None)
-    return None if baseline is None else read_logits(logits_file(folder, baseline.trial_id))
+    if baseline is None:
+        return None
+    return read_logits(logits_file(folder, runs.get(baseline.trial_id, baseline).trial_id))

@@ -74,7 +74,9 @@ class Budget:
         self._started = self._entered = started
         self._saved = time.monotonic()
         self._phase: Phase = "start"
-        # The sweep's estimates of its refits and of the test split's features, which count against the limits too.
+        # The sweep's estimates of what follows its search, which count against the limits too: scores over folds,
+        # refits, and the test split's features.
+        self.confirm_seconds = 0.0
         self.refit_seconds = 0.0
         self.test_feature_seconds = 0.0
 
@@ -122,7 +124,7 @@ class Budget:
 
     def exhausted(self, *, keep_for_refits: bool = False) -> str | None:
         """The limit on time or money that is used up, such as `max_hours 8`; None if there is budget left."""
-        reserved = self.refit_seconds + self.test_feature_seconds if keep_for_refits else 0.0
+        reserved = self.confirm_seconds + self.refit_seconds + self.test_feature_seconds if keep_for_refits else 0.0
         spec, spent = self._spec, self._spent(reserved)
         if spec.max_hours is not None and spent.seconds >= 3600 * spec.max_hours:
             return f"max_hours {spec.max_hours:g}"

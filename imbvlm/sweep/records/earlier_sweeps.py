@@ -103,7 +103,7 @@ class Fork:
 def select_fork_trials(source: str, sweep: ResolvedSweep, changes: list[str]) -> Fork:
     """Select the trials of a sweep's folder whose numbers a spec would repeat; none if code or data have changed.
 
-    Refits are not taken over: the end of the new search decides which ones are needed.
+    Runs over folds and refits are not taken over: the end of the new search decides which ones are needed.
     """
     fork, before, spec = Fork(), read_spec(source, check_plugins=False), sweep.spec
     same_rule = (before.objective, before.trial_scheduler) == (spec.objective, spec.trial_scheduler)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig, require_section
-from imbvlm.sweep.records.trial_log import WINNER, TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import ENDED, WINNER, TrialLog, TrialRecord
+from imbvlm.sweep.spec.baselines import baselines
 from imbvlm.sweep.spec.search_space import ListedSpace
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 # Precedes the name of a refit that an earlier run of the sweep selected and the present one no longer selects.
 SUPERSEDED = "earlier "
@@ -50,6 +51,59 @@ class Refit:
             if existing is None or existing.trial_config() == config
             else f"refit-{slug}-{self.record.trial_id}-seed{seed}"
         )
+
+
+def folds_id(trial_id: str) -> str:
+    """The id of a trial's run over folds."""
+    return f"{trial_id}-folds"
+
+
+def to_confirm(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:
+    """The records that `confirm_folds` scores: baselines, the best trials, and the runs of these with more seeds.
+
+    Those that read images are none, because a fold's models train on stored features.
+    """
+    best = [
+        record
+        for record in log.ranked(spec.objective)
+        if record.state == "finished"
+        and not log.constraint_violation(record, spec.objective)
+        and not record.trial_config().reads_images
+    ][: spec.num_confirmed]
+    trial_ids = {record.trial_id for record in best}
+    more_seeds = [record for record in log.of("confirm") if record.name in trial_ids and record.state == "finished"]
+    of_baselines = [record for record in log.best(spec.objective, "baseline") if not record.trial_config().reads_images]
+    return [*of_baselines, *best, *more_seeds]
+
+
+def max_confirmed(sweep: ResolvedSweep) -> int:
+    """The most records that `to_confirm` can have."""
+    spec = sweep.spec
+    num_best = min(spec.num_confirmed, sweep.num_trials)
+    return len(baselines(sweep)) + num_best + spec.confirm_trials * len(spec.more_seeds)
+
+
+def confirmed(log: TrialLog, spec: SweepSpec) -> dict[str, TrialRecord]:
+    """The runs over folds by their trials' ids; none before all have ended, since rows of some can't be compared.
+
+    Those that failed are left out.
+    """
+    if not log.of("folds"):
+        return {}
+    runs = {record.trial_id: log.records.get(folds_id(record.trial_id)) for record in to_confirm(log, spec)}
+    if any(run is None or run.state not in ENDED for run in runs.values()):
+        return {}
+    return {trial_id: run for trial_id, run in runs.items() if run is not None and run.state == "finished"}
+
+
+def confirm_seconds(log: TrialLog, spec: SweepSpec, num_folds: int, concurrent: int) -> float:
+    """Estimated seconds of the runs over so many folds that are left, from those of their trials; 0 for one fold."""
+    if num_folds == 1:
+        return 0.0
+    seconds = [
+        num_folds * record.seconds() for record in to_confirm(log, spec) if folds_id(record.trial_id) not in log.records
+    ]
+    return max(sum(seconds) / concurrent, max(seconds, default=0.0))
 
 
 def refit_seconds(log: TrialLog, spec: SweepSpec, concurrent: int) -> float:

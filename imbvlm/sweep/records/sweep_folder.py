@@ -25,6 +25,8 @@ SPLITS = (TEST, POST_HOC)
 BEST_FILE, TEST_FILE = "best.yaml", "test.json"
 # Exists from the start of a run until its end, also while a run adds trials to a finished sweep.
 UNFINISHED_FILE = "unfinished"
+# The rules of sweeps that began without these keys: in version 0.1 held-out images score, and the objective selects.
+RULES_BEFORE = {"num_folds": 1, "select_by": "objective", "confirm_folds": None}
 
 
 def read_spec(folder: str, *, check_plugins: bool = True) -> SweepSpec:
@@ -43,8 +45,7 @@ def read_spec(folder: str, *, check_plugins: bool = True) -> SweepSpec:
     require_sweep_plugins(folder, check=check_plugins)
     # Its own list names files that the caller may not mean.
     spec = SweepSpec.from_tree(tree).model_copy(update={"plugins": active_plugins().locations})
-    # In sweeps of version 0.1 held-out images score trials, and the objective selects.
-    return spec if "num_folds" in tree.data else spec.model_copy(update={"num_folds": 1, "select_by": "objective"})
+    return spec.model_copy(update={key: value for key, value in RULES_BEFORE.items() if key not in tree.data})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from imbvlm.config.training_sections import MAX_THREADS
 from imbvlm.config.trial_config import TrialConfig, option_metric, selected_options
 from imbvlm.sweep.spec.objectives import best_epoch, running_maximum, violations
 
-TrialKind = Literal["baseline", "search", "confirm", "refit", "delivered"]
+TrialKind = Literal["baseline", "search", "confirm", "folds", "refit", "delivered"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
 WINNER = "winner"
 # The names of the model that a sweep delivers, and of a blend by seed.

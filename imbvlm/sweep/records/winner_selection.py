@@ -22,6 +22,7 @@ from imbvlm.longtail.claims import Claim, bias_corrected_claims
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
 from imbvlm.sweep.records.adjustment_selection import read_validation, select_adjustment
+from imbvlm.sweep.records.refit_selection import confirmed
 from imbvlm.sweep.records.trial_log import SELECTION_FILE, Selected, TrialLog
 from imbvlm.sweep.spec.baselines import pass_key
 from imbvlm.sweep.spec.sweep_spec import BlendConfig, SweepSpec
@@ -41,9 +42,10 @@ class Selection:
     """The winner's trial id, log-likelihoods of all candidates as adjusted, by trial id, and claims by metric.
 
     A log-likelihood is the mean over seeds where a trial ran with several. Without a test split, claims are of the
-    delivered predictor's accuracies, over `num_rows` validation rows of so many folds. `members` are those of the
-    delivered blend, whose logits are divided by `temperature`; none where the winner alone is delivered. `decisions`
-    were for or against blends, and `objection` says why none was sought.
+    delivered predictor's accuracies, over `num_rows` validation rows of so many folds, of which `num_official` are of
+    the official split. `members` are those of the delivered blend, whose logits are divided by `temperature`; none
+    where the winner alone is delivered. `decisions` were for or against blends, and `objection` says why none was
+    sought.
     """
 
     winner: str
@@ -55,6 +57,17 @@ class Selection:
     decisions: tuple[BlendDecision, ...] = ()
     temperature: float = 1.0
     objection: str = ""
+    num_official: int = 0
+
+    @property
+    def rows(self) -> str:
+        """The rows that chose, in a few words."""
+        if not self.num_official:
+            return f"{self.num_rows:,} validation images"
+        return (
+            f"{self.num_rows - self.num_official:,} training images over {self.num_folds} folds and "
+            f"{self.num_official:,} validation images"
+        )
 
     @property
     def basis(self) -> str:
@@ -77,6 +90,7 @@ class _Pool:
     targets: Tensor
     folds: Tensor
     stats: ClassStats
+    num_folds: int
     candidates: list[Candidate] = field(default_factory=list)
 
     def has_rows_of(self, saved: SavedValLogits) -> bool:
@@ -84,34 +98,46 @@ class _Pool:
         return torch.equal(self.targets, saved.targets) and torch.equal(self.folds, saved.folds)
 
     @property
-    def num_folds(self) -> int:
-        return int(self.folds.max()) + 1
+    def is_official(self) -> Tensor:
+        """Which rows (N,) are of the official split, scored by the models of all folds."""
+        return self.folds == self.num_folds
 
     def parts(self, seed: int) -> Tensor:
-        """The folds, or else ten parts, of the rows (N,), by which a blend is decided on."""
-        if self.num_folds > 1:
-            return self.folds
-        rows = np.arange(len(self.targets))
-        return torch.from_numpy(deal_units(self.targets.numpy(), rows, NUM_PARTS, seed))
+        """The folds, or else ten parts, of the rows (N,), by which a blend is decided on; official rows join folds."""
+        number, is_dealt = self.num_folds, self.is_official
+        if number == 1:
+            number, is_dealt = NUM_PARTS, torch.ones_like(is_dealt)
+        labels, parts = self.targets[is_dealt].numpy(), self.folds.clone()
+        parts[is_dealt] = torch.from_numpy(deal_units(labels, np.arange(len(labels)), number, seed))
+        return parts
 
 
 def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0) -> Selection | None:
     """Select among the trials and baselines that ran to their end and have logits; None if the objective selects.
 
     Trials that violate a constraint are no candidates. Methods that train the encoder may be scored on other rows than
-    the others: each is compared by the log-likelihood of its own rows. Claims are made without test images only.
+    the others: each is compared by the log-likelihood of its own rows, or on the official ones, where these were scored
+    over folds. Claims are made without test images only.
     """
     if not spec.selects_by_likelihood:
         return None
     pools = [(pool, BlendPool.fit(pool.candidates, pool.targets)) for pool in _read_pools(folder, log, spec)]
-    likelihoods = {trial_id: value for _, blend_pool in pools for trial_id, value in _likelihoods(blend_pool).items()}
-    if not likelihoods:
+    if not pools:
         return None
-    means = {trial_id: _mean_over_seeds(folder, log, spec, trial_id, value) for trial_id, value in likelihoods.items()}
-    # Ties go to the earlier trial, and to a baseline.
-    winner = max(sorted(means), key=lambda trial_id: means[trial_id])
-    pool, blend_pool = next(pair for pair in pools if winner in {candidate.name for candidate in pair[0].candidates})
-    selection = Selection(winner, means, {}, len(pool.targets), pool.num_folds)
+    means, best = dict[str, float](), dict[str, tuple[float, _Pool, BlendPool]]()
+    for pool, blend_pool in pools:
+        own = {
+            trial_id: _mean_over_seeds(folder, log, spec, trial_id, value, pool)
+            for trial_id, value in _likelihoods(blend_pool, balanced_row_weights(pool.targets)).items()
+        }
+        # Ties go to the earlier trial, and to a baseline.
+        first = max(sorted(own), key=lambda trial_id: own[trial_id])
+        means |= own
+        best[first] = (_comparable_value(pool, blend_pool, first, own[first]), pool, blend_pool)
+    winner = max(sorted(best), key=lambda trial_id: best[trial_id][0])
+    _, pool, blend_pool = best[winner]
+    num_official = int(pool.is_official.sum())
+    selection = Selection(winner, means, {}, len(pool.targets), pool.num_folds, num_official=num_official)
     num_passes, parts = 0, pool.parts(spec.split_seed)
     objection = _objection(pool, parts, num_test)
     if objection:
@@ -149,12 +175,13 @@ def describe_selection(selection: Selection, log: TrialLog, spec: SweepSpec, has
     winner, best = selection.winner, next(iter(log.best(spec.objective)), None)
     kind = "the baseline " if log.records[winner].kind == "baseline" else ""
     lines = [
-        f"selected by class-balanced log-likelihood on {selection.num_rows:,} validation images: {kind}{winner} "
+        f"selected by class-balanced log-likelihood on {selection.rows}: {kind}{winner} "
         f"({selection.log_likelihoods[winner]:.3f})"
     ]
     if best is not None and best.trial_id != winner:
         likelihood = selection.log_likelihoods.get(best.trial_id)
-        value = "which has no logits of its last epoch" if likelihood is None else f"{likelihood:.3f}"
+        unscored = "wasn't scored over folds" if selection.num_official else "has no logits of its last epoch"
+        value = f"which {unscored}" if likelihood is None else f"{likelihood:.3f}"
         lines[0] += f"; the best trial by {spec.objective.removeprefix('val/')} is {best.trial_id} ({value})"
     lines += [] if spec.blends is None else [_describe_blend(selection)]
     if not has_test and selection.claims:
@@ -191,15 +218,20 @@ def _read_pools(folder: str, log: TrialLog, spec: SweepSpec) -> list[_Pool]:
     best = [record for record in log.ranked(spec.objective) if record.state == "finished"]
     eligible = [record for record in best if not log.constraint_violation(record, spec.objective)]
     pools: list[_Pool] = []
+    runs = confirmed(log, spec)
     for record in [*log.of("baseline"), *eligible]:
-        rows, config = read_validation(folder, record, log), record.trial_config()
+        config = record.trial_config()
+        if runs and record.trial_id not in runs and not config.reads_images:
+            continue
+        rows = read_validation(folder, record, log, spec)
         if rows is None or not rows.is_whole:
             continue
         # As in `select_adjustments`, what has learned nothing isn't adjusted.
         logits = select_adjustment(rows, spec)[1] if METHODS[config.method].learns else rows.logits
         pool = next((pool for pool in pools if pool.has_rows_of(rows.saved)), None)
         if pool is None:
-            pools.append(pool := _Pool(rows.saved.targets, rows.saved.folds, rows.saved.stats[0]))
+            saved = rows.saved
+            pools.append(pool := _Pool(saved.targets, saved.folds, saved.stats[0], len(saved.stats)))
         pool.candidates.append(Candidate(record.trial_id, pass_key(config), logits.half()))
     return pools
 
@@ -221,20 +253,30 @@ def _decide_blend(pool: _Pool, blend_pool: BlendPool, parts: Tensor, limits: Ble
     return blend, fit_temperature(logits, pool.targets).accepted
 
 
-def _likelihoods(pool: BlendPool) -> dict[str, float]:
-    """The class-balanced log-likelihood of each candidate by its name."""
-    scores = pool.extensions(()).double() @ balanced_row_weights(pool.targets)
+def _likelihoods(pool: BlendPool, row_weights: Tensor) -> dict[str, float]:
+    """The log-likelihood of each candidate by its name, with weights (N,) of rows."""
+    scores = pool.extensions(()).double() @ row_weights
     return {candidate.name: float(score) for candidate, score in zip(pool.candidates, scores, strict=True)}
 
 
-def _mean_over_seeds(folder: str, log: TrialLog, spec: SweepSpec, trial_id: str, value: float) -> float:
-    """The mean of a trial's log-likelihood and those of its runs with more seeds."""
+def _comparable_value(pool: _Pool, blend_pool: BlendPool, name: str, value: float) -> float:
+    """A candidate's log-likelihood on the official rows, which other pools have too; without such rows its `value`."""
+    if not pool.is_official.any():
+        return value
+    row_weights = torch.zeros(len(pool.targets), dtype=torch.float64)
+    row_weights[pool.is_official] = balanced_row_weights(pool.targets[pool.is_official])
+    return _likelihoods(blend_pool, row_weights)[name]
+
+
+def _mean_over_seeds(folder: str, log: TrialLog, spec: SweepSpec, trial_id: str, value: float, pool: _Pool) -> float:
+    """The mean of a trial's log-likelihood and those of its runs with more seeds on the same rows."""
     values = [value]
     for record in log.of("confirm"):
-        rows = read_validation(folder, record, log) if record.name == trial_id else None
-        if rows is not None:
+        rows = read_validation(folder, record, log, spec) if record.name == trial_id else None
+        if rows is not None and pool.has_rows_of(rows.saved):
             _, logits = select_adjustment(rows, spec)
-            values += _likelihoods(BlendPool.fit([Candidate(record.trial_id, "", logits)], rows.targets)).values()
+            of_seed = BlendPool.fit([Candidate(record.trial_id, "", logits)], rows.targets)
+            values += _likelihoods(of_seed, balanced_row_weights(rows.targets)).values()
     return statistics.fmean(values)
 
 

@@ -22,6 +22,8 @@ from imbvlm.sweep.plan.feasibility import (
     check_manifest,
     check_models,
     check_shared,
+    confirm_folds,
+    confirm_logit_bytes,
     logit_file_bytes,
     max_logit_bytes,
     needed_outputs,
@@ -95,7 +97,8 @@ def open_run(
     sweep, spec, manifest = checked.sweep, checked.sweep.spec, checked.manifest
     concurrent = trials_at_once(sweep, cluster)
     budget = Budget.open(spec, folder, cluster.max_gpus, len(cluster.max_nodes), started)
-    context = RunContext(sweep, folder, log, console, concurrent, budget, len(manifest.class_names))
+    folds = confirm_folds(sweep, manifest)
+    context = RunContext(sweep, folder, log, console, concurrent, budget, len(manifest.class_names), folds)
     packs = packing(sweep, checked.encoder_infos.values(), manifest, concurrent)
     console.print(_describe_cluster(cluster, context.driver, at_a_time(concurrent, packs.largest(sweep))))
     if not cluster.is_own:
@@ -148,4 +151,7 @@ def _pending_logit_bytes(run: SweepRun, packs: Packing) -> int:
     largest = max_logit_bytes(run.sweep, run.manifest, packs, run.context.max_concurrent)
     num_ended = sum(record.state in ENDED for kind in LOGIT_KINDS for record in run.log.of(kind))
     num_left = max(0, len(run.baselines) + run.sweep.num_trials - num_ended)
-    return max(0, min(largest - logit_bytes(run.folder), num_left * logit_file_bytes(run.spec, run.manifest)))
+    num_confirmed = sum(record.state in ENDED for record in run.log.of("folds"))
+    pending = num_left * logit_file_bytes(run.spec, run.manifest)
+    pending += confirm_logit_bytes(run.sweep, run.manifest, num_confirmed)
+    return max(0, min(largest - logit_bytes(run.folder), pending))

@@ -1,16 +1,19 @@
-"""The confirmation phase: the best few trials again with more seeds."""
+"""The confirmation phase: the best few trials again with more seeds, and over folds with the baselines."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from imbvlm.base.formatting import pluralize
+from imbvlm.sweep.plan.feasibility import packing
 from imbvlm.sweep.records.adjustment_selection import logits_file
-from imbvlm.sweep.records.summary_tables import seeds_table
+from imbvlm.sweep.records.refit_selection import folds_id, refit_config, to_confirm
+from imbvlm.sweep.records.summary_tables import failure_causes, seeds_table
 from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.tune.jobs import Job
+from imbvlm.training.trial_pack import pack_key
 
 
 def confirm(run: SweepRun) -> None:
@@ -43,3 +46,46 @@ def confirm(run: SweepRun) -> None:
         write_results_table(run.log)
     if jobs:
         run.console.print(seeds_table(run.log, run.spec, run.console.width))
+
+
+def confirm_over_folds(run: SweepRun) -> None:
+    """Score the best trials and the baselines over folds (docs/protocol.md, Splits, counts, selection)."""
+    folds = run.context.confirm_folds
+    if folds == 1:
+        return
+    jobs = [
+        Job(folds_id(record.trial_id), "folds", record.trial_id, refit_config(record, run.spec))
+        for record in to_confirm(run.log, run.spec)
+    ]
+    # Those that share features, and then those that train together, are next to each other.
+    jobs.sort(key=lambda job: (feature_key(job.config), pack_key(job.config) or ""))
+    waiting = run.unfinished(jobs)
+    # The reserved time is for this.
+    run.budget.confirm_seconds = 0.0
+    if waiting and run.budget.exhausted(keep_for_refits=True) is None:
+        scored = f"the best trials and the baselines over {folds} folds of the training images"
+        run.console.print(f"scoring {scored}: {pluralize(len(waiting), 'run')}")
+        packs = packing(run.sweep, run.encoder_infos, run.manifest, run.context.max_concurrent)
+        packs = replace(packs, num_folds=folds, num_val=packs.num_train + packs.num_val)
+        run_fixed_jobs(
+            run,
+            waiting,
+            lambda job: replace(
+                trial_settings(run, job, run.features[feature_key(job.config)]),
+                num_folds=folds,
+                logits_file=logits_file(run.folder, job.trial_id),
+            ),
+            "folds",
+            len(jobs),
+            packs.size,
+        )
+        write_results_table(run.log)
+    failed = [record for record in run.log.of("folds") if record.state == "failed"]
+    if failed:
+        run.console.print(f"{failure_causes(failed, 'run')}\ntheir trials are no candidates")
+    if num_left := len(run.unfinished(jobs)):
+        run.exhausted_limit = run.exhausted_limit or run.budget.exhausted(keep_for_refits=True)
+        run.console.print(
+            f"{num_left} of {len(jobs)} runs over folds are left, so that the validation images alone select; "
+            f"{run.raise_limit_hint()}"
+        )

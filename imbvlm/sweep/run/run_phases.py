@@ -21,7 +21,7 @@ from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE, TrialLog
 from imbvlm.sweep.run.check_phase import check, check_provenance, open_run
 from imbvlm.sweep.run.conclude_phase import conclude
-from imbvlm.sweep.run.confirm_phase import confirm
+from imbvlm.sweep.run.confirm_phase import confirm, confirm_over_folds
 from imbvlm.sweep.run.extract_phase import extract
 from imbvlm.sweep.run.refit_phase import refit
 from imbvlm.sweep.run.search_phase import search
@@ -57,6 +57,8 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                     search(run, checked.warm_starts)
                     _check_interrupted(lease)
                     confirm(run)
+                    _check_interrupted(lease)
+                    confirm_over_folds(run)
                     _check_interrupted(lease)
                     refit(run)
                     seconds = time.monotonic() - started

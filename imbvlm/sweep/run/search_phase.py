@@ -66,7 +66,7 @@ def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch,
     """Run what has not ended yet; return the searcher and the number of trials that were lost too early."""
     jobs = [*_baseline_jobs(run), *_unfinished_jobs(run)]
     ended = [record for record in run.log.of("search") if record.state in ENDED]
-    run.context.count_spent()
+    run.context.count_spent(is_search=True)
     searcher = StudySearch.open(run.sweep, jobs, ended, run.budget, warm, run.context.local_folder / OPTUNA_FILE)
     is_complete = not jobs and len(ended) >= run.sweep.num_trials
     if is_complete or run.budget.exhausted(keep_for_refits=True):

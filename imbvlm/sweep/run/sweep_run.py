@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from imbvlm.base import storage
 from imbvlm.base.console import Console
@@ -99,11 +99,18 @@ def trial_settings(run: SweepRun, job: Job, features: FeatureSet) -> TrialSettin
 
 
 def run_fixed_jobs(
-    run: SweepRun, waiting: list[Job], settings: Callable[[Job], TrialSettings], kind: TrialKind, total: int
+    run: SweepRun,
+    waiting: list[Job],
+    settings: Callable[[Job], TrialSettings],
+    kind: TrialKind,
+    total: int,
+    pack_size: Callable[[TrialConfig], int] = lambda config: 1,
 ) -> None:
-    """Run given jobs, and repeat those that Tune gave up before their restarts were spent."""
+    """Run given jobs, and repeat those that Tune gave up before their restarts were spent, then each alone."""
     for _ in range(1 + run.spec.max_failures):
-        num_lost = run_jobs(run.context, FixedJobs(waiting, run.budget), settings, None, kind, total)
+        waiting = [replace(job, alone=run.was_lost(job.trial_id)) for job in waiting]
+        jobs = FixedJobs(waiting, run.budget, keep_for_refits=kind == "folds")
+        num_lost = run_jobs(run.context, jobs, settings, None, kind, total, pack_size)
         waiting = run.unfinished(waiting)
         if not num_lost:
             break

@@ -84,7 +84,8 @@ def smoke_settings(spec: SweepSpec) -> Mapping[str, Any]:
     if spec.smoke:
         return spec.smoke
     space = spec.read_space()
-    settings = {"refit_seeds": spec.refit_seeds[:1], "confirm_trials": 0, **_smoke_length(spec, space)}
+    settings = {"refit_seeds": spec.refit_seeds[:1], "confirm_trials": 0, "confirm_folds": None}
+    settings |= _smoke_length(spec, space)
     if isinstance(space, ListedSpace):
         # All configurations of a list run.
         return settings

@@ -68,6 +68,8 @@ DEFAULT_OBJECTIVE = "val/balanced_accuracy"
 LOCAL_STORAGE = "runs"
 # Trials of a search whose specification gives no number.
 NUM_TRIALS = 24
+# Trials that are scored again over folds, as many as a blend has members.
+MIN_CONFIRMED = 8
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,13 @@ class SweepSpec(Section):
         description="number of the best trials that run again with confirm_seeds; the best validation mean wins",
     )
     confirm_seeds: list[Seed] = Field([1, 2], min_length=1, description="without a trial's own seed")
+    confirm_folds: int | None = Field(
+        5,
+        ge=2,
+        description="folds of the training images over which the best trials and the baselines are scored again, with "
+        "the validation images, where the validation split decides too little and the log-likelihood selects; null: "
+        "never",
+    )
     refit_seeds: list[Seed] = Field(
         [0, 1, 2], min_length=1, description="seeds of the winner's and the baselines' refits on all training images"
     )
@@ -313,6 +322,11 @@ class SweepSpec(Section):
     def blends(self) -> BlendConfig | None:
         """The limits of a blend; None where the sweep delivers a single trial."""
         return self.blend if self.selects_by_likelihood else None
+
+    @property
+    def num_confirmed(self) -> int:
+        """The number of trials that confirm_folds scores."""
+        return max(self.confirm_trials, MIN_CONFIRMED)
 
     @property
     def cpus_per_trial(self) -> float:

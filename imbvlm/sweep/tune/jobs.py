@@ -15,7 +15,7 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.plan.feasibility import uses_ray_train
 from imbvlm.sweep.records.adjustment_selection import prune_logits
 from imbvlm.sweep.records.budget import Budget
-from imbvlm.sweep.records.refit_selection import refit_seconds
+from imbvlm.sweep.records.refit_selection import confirm_seconds, refit_seconds
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog
 from imbvlm.sweep.spec.objectives import Epochs
 from imbvlm.sweep.spec.search_space import Params
@@ -54,13 +54,18 @@ class JobSource(Protocol):
 
 
 class FixedJobs:
-    """Hands out given jobs until time or money is used up; the sampler does not learn from them."""
+    """Hands out given jobs until time or money is used up, or, with `keep_for_refits`, all but that of the refits.
 
-    def __init__(self, jobs: Sequence[Job], budget: Budget) -> None:
-        self._jobs, self._budget = list(jobs), budget
+    The sampler does not learn from them.
+    """
+
+    def __init__(self, jobs: Sequence[Job], budget: Budget, *, keep_for_refits: bool = False) -> None:
+        self._jobs, self._budget, self._keep_for_refits = list(jobs), budget, keep_for_refits
 
     def next_job(self) -> Job | None:
-        return self._jobs.pop(0) if self._jobs and not self._budget.exhausted() else None
+        if not self._jobs or self._budget.exhausted(keep_for_refits=self._keep_for_refits):
+            return None
+        return self._jobs.pop(0)
 
     def finished(self, job: Job, epochs: Epochs) -> None:
         """Learn nothing."""
@@ -68,7 +73,10 @@ class FixedJobs:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all jobs of a sweep share; up to `max_concurrent` of them run at once."""
+    """What all jobs of a sweep share; up to `max_concurrent` of them run at once.
+
+    `confirm_folds` is 1 where the best trials aren't scored again.
+    """
 
     sweep: ResolvedSweep
     folder: str
@@ -77,6 +85,7 @@ class RunContext:
     max_concurrent: int
     budget: Budget
     num_classes: int
+    confirm_folds: int = 1
 
     @property
     def spec(self) -> SweepSpec:
@@ -92,10 +101,12 @@ class RunContext:
         """The driver of the sweep's trials."""
         return "ray_train" if uses_ray_train(self.sweep) else "in_process"
 
-    def count_spent(self) -> None:
-        """Write the used budget, and reserve a part of a limited one for the refits."""
+    def count_spent(self, *, is_search: bool) -> None:
+        """Write the used budget, and reserve a part of a limited one for what follows, the refits after all else."""
         if self.budget.is_limited:
             self.budget.refit_seconds = refit_seconds(self.log, self.spec, self.max_concurrent)
+            folds = self.confirm_folds if is_search else 1
+            self.budget.confirm_seconds = confirm_seconds(self.log, self.spec, folds, self.max_concurrent)
         self.budget.keep()
 
     def prune_logits(self, *, is_over: bool = False) -> None:

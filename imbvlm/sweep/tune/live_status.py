@@ -17,7 +17,9 @@ NUM_FAILURES = 2
 MIN_ENDED, MIN_COMPLETE = 3, 2
 # The shown remaining time approaches an estimate within this share of the remaining time, by so much at most at once.
 SMOOTHING, MAX_WEIGHT = 0.1, 0.5
-LABELS: Mapping[TrialKind, str] = {"baseline": "trials", "search": "trials", "confirm": "seeds", "refit": "refits"}
+LABELS: Mapping[TrialKind, str] = {
+    "baseline": "trials", "search": "trials", "confirm": "seeds", "folds": "folds", "refit": "refits",
+}  # fmt: skip
 WORDS = {"finished": "to their end", "stopped": "stopped early", "failed": "failed", "error": "lost"}
 
 

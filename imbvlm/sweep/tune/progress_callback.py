@@ -167,7 +167,7 @@ class ProgressCallback(Unpickled, tune.Callback):
         if record.state in ENDED and self.storage_error is None:
             self._remove_checkpoint(record)
         self._has_ended = True
-        self._context.count_spent()
+        self._context.count_spent(is_search=self._kind == "search")
         self._show()
 
     def _save(self, record: TrialRecord) -> None:

@@ -134,16 +134,23 @@ def test_a_name_in_the_card_is_text_and_no_markup(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("winner", "words"),
+    ("winner", "num_official", "words"),
     [
-        ("t00003", "The winner of 24 trials and 2 baselines by class-balanced log-likelihood on validation images, in"),
-        ("b00002", "The baseline linear probe, the winner of 24 trials and 2 baselines by class-balanced log-"),
+        (
+            "t00003",
+            0,
+            "The winner of 24 trials and 2 baselines by class-balanced log-likelihood on 300 validation images",
+        ),
+        ("t00003", 100, "log-likelihood on 200 training images over 5 folds and 100 validation images, in the sweep"),
+        ("b00002", 0, "The baseline linear probe, the winner of 24 trials and 2 baselines by class-balanced log-"),
     ],
 )
-def test_the_card_of_a_winner_by_likelihood_says_so_and_what_to_expect(tmp_path: Path, winner: str, words: str) -> None:
+def test_the_card_of_a_winner_by_likelihood_says_so_and_what_to_expect(
+    tmp_path: Path, winner: str, num_official: int, words: str
+) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False)
     claims = {"balanced_accuracy": Claim(0.641, 0.03, 5, 300), "few_shot_accuracy": Claim(0.44, 0.08, 1, 6)}
-    write_selection(str(folder), Selection(winner, {winner: -0.5}, claims, 300, 5))
+    write_selection(str(folder), Selection(winner, {winner: -0.5}, claims, 300, 5, num_official=num_official))
     log = TrialLog.read(str(folder))
     text = card(folder, record=log.records[winner], refits=[])
     assert words in text

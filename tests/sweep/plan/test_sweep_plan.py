@@ -96,7 +96,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(
     settings = {
         "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 12, "storage": str(tmp_path),
         "gpus_per_worker": 1.0, "price_per_gpu_hour": 2.0, "max_concurrent_trials": 2, "refit_seeds": [0, 1],
-        "trial_scheduler": {"name": "none"}, "max_hours": 0.01,
+        "trial_scheduler": {"name": "none"}, "max_hours": 0.01, "confirm_folds": None,
     }  # fmt: skip
     monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan.SECONDS_HERE", 0.0)
     monkeypatch.setattr("imbvlm.sweep.plan.sweep_plan._cpus", lambda: 2)
@@ -131,12 +131,47 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(
     assert plan_to_dict(make_plan(spec(**settings), known_speeds))["seconds"]["features"] == pytest.approx(9.96)
 
 
+def test_a_small_validation_split_is_confirmed_over_folds_and_the_plan_says_what_it_costs(tmp_path: Path) -> None:
+    """By hand: five models of 1,984 images that score 2,480 training images, and 500 validation images with them."""
+    settings = {
+        "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 12, "storage": str(tmp_path),
+        "max_concurrent_trials": 2, "trial_scheduler": {"name": "none"}, "max_pack_size": 1, "cpus_per_worker": 0.1,
+    }  # fmt: skip
+    plan, without = (make_plan(spec(**settings, confirm_folds=folds), known_speeds) for folds in (5, None))
+    assert plan.estimate is not None
+    before = plan_to_dict(without)
+    assert plan_to_dict(plan)["seconds"]["baselines"] == before["seconds"]["baselines"]
+    # An epoch is 5 x 1.984 + 0.248 s, and a trial 0.4 s and 5 epochs: eight of them. Zero-shot and three heads have
+    # 0.4 s and one evaluation, the probe 0.4 s and 10 to 100 epochs.
+    baselines = [4 * 0.648 + 0.4 + number * 10.168 for number in (10, 100)]
+    expected = [78.3 + (8 * 51.24 + seconds) / 2 for seconds in baselines]
+    assert plan_to_dict(plan)["seconds"]["trials"] == pytest.approx(expected)
+    assert plan.estimate.over_folds is not None
+    from_start = [plan.estimate.over_folds.low, plan.estimate.over_folds.high]
+    assert from_start == pytest.approx([(12 * 51.24 + seconds) / 2 for seconds in baselines])
+    # Files of five baselines and eight trials: two epochs' logits of 2,980 rows, targets, folds, and counts.
+    extra = 13 * (4 * 2980 * 10 + 8 * 2980 + 8 * 6 * 10)
+    assert plan.logit_bytes == without.logit_bytes + extra
+    text = " ".join(describe_plan(plan).split())
+    assert (
+        "validation 500 images tell balanced accuracy over 10 of 10 classes to ± 4.4 points, few-shot to ± 9.8 (95 %, "
+        "at worst), too little to select by: the best 8 trials and the baselines are scored again over 5 folds of the "
+        "training images, on 2,480 of these and on validation; folds from the start would make baselines and trials "
+        "take "
+    ) in text
+    assert "again over" not in describe_plan(without)
+    unmeasured = " ".join(describe_plan(make_plan(spec(**settings), None)).split())
+    assert "would make baselines and trials take 5 times as long; confirm_folds: null turns them off" in unmeasured
+    for fields in ({"select_by": "objective"}, {"objective": "val/few_shot_accuracy"}):
+        assert "again over" not in describe_plan(make_plan(spec(**settings, **fields), None))
+
+
 def test_trials_that_train_together_are_counted_as_packs(tmp_path: Path) -> None:
     """Half of the trials share a class sampling: a pack of up to 5 has 1 + 4 / 2 = 3 of them on average."""
     settings = {
         "base": {**BASE, "train": {"num_epochs": 5}}, "num_trials": 400, "storage": str(tmp_path),
         "stratify": ["data.class_sampling"], "max_concurrent_trials": 1, "trial_scheduler": {"name": "none"},
-        "refit_seeds": [0],
+        "refit_seeds": [0], "confirm_folds": None,
     }  # fmt: skip
 
     def speeds(spec: SweepSpec, trials: Sequence[TrialConfig], encoders: Sequence[TrialConfig]) -> SpeedBenchmark:
@@ -162,7 +197,9 @@ def test_trials_that_train_together_are_counted_as_packs(tmp_path: Path) -> None
 
 
 def test_no_more_trials_are_counted_than_a_limit_lets_start_and_cpus_cost_nothing(tmp_path: Path) -> None:
-    settings = {"storage": str(tmp_path), "num_trials": 40, "trial_scheduler": {"name": "none"}}
+    settings = {
+        "storage": str(tmp_path), "num_trials": 40, "trial_scheduler": {"name": "none"}, "confirm_folds": None,
+    }  # fmt: skip
     whole, limited = (make_plan(spec(**settings, max_trials=most), known_speeds) for most in (None, 10))
     assert whole.estimate is not None
     assert limited.estimate is not None
@@ -260,7 +297,10 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Features would fit, and what trials leave would fill the disk in the middle of the search."""
-    settings = {"storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1}
+    settings = {
+        "storage": str(tmp_path), "num_trials": 100, "max_concurrent_trials": 2, "cpus_per_worker": 0.1,
+        "confirm_folds": None,
+    }  # fmt: skip
     made = spec(**settings, max_pack_size=5)
     plan = make_plan(made, None)
     # Five baselines, the best 8, 30 candidates, and two running packs of 5. Each file has two epochs' logits (500 x 10)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trial_records import BASE, log_of, record
 
-from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.refit_selection import confirm_seconds, refits, to_confirm
 from imbvlm.sweep.records.trial_log import Selected
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
@@ -95,3 +95,34 @@ def test_baselines_take_as_long_as_their_best_took_and_zero_shot_one_seed(tmp_pa
     ]
     assert selected[1].config.train.num_epochs == 2
     assert selected[2].seeded() == [(0, selected[2].config)]
+
+
+def test_baselines_and_the_best_trials_that_read_features_are_scored_over_folds(tmp_path: Path) -> None:
+    """Neither trials that were stopped or train the encoder, nor those that violate a constraint."""
+    spec = SPEC.model_copy(update={"confirm_trials": 2, "constraints": {"val/few_shot_accuracy": 0.5}})
+    trials = [record(f"t{number}", [number / 100]) for number in range(20)]
+    for trial in trials:
+        trial.epochs[-1]["val/few_shot_accuracy"] = 0.2 if trial.trial_id == "t19" else 0.6
+    trials[18].state = "stopped"
+    trials[17].config = record("t17", [0.0], {"method": "fine_tuning"}).config
+    baselines = [
+        record("b1", [0.2], {"method": "zero_shot"}, kind="baseline"),
+        record("b2", [0.3], {"method": "linear_probe"}, kind="baseline", state="failed"),
+    ]
+    seeds = [record(f"t{number}-seed1", [0.1], kind="confirm", name=f"t{number}") for number in (3, 16)]
+    log = log_of(tmp_path, *trials, *baselines, *seeds)
+    log.constraints = spec.constraints
+    best = [f"t{number}" for number in (16, 15, 14, 13, 12, 11, 10, 9)]
+    assert [scored.trial_id for scored in to_confirm(log, spec)] == ["b1", *best, "t16-seed1"]
+    more = spec.model_copy(update={"confirm_trials": 10})
+    assert [scored.trial_id for scored in to_confirm(log, more)] == ["b1", *best, "t8", "t7", "t16-seed1"]
+
+
+def test_time_for_runs_over_folds_is_that_of_their_trials_for_each_fold(tmp_path: Path) -> None:
+    trials = [record(f"t{number}", [0.5], started_at=0.0, ended_at=10.0, pack_size=2) for number in range(4)]
+    log = log_of(tmp_path, *trials)
+    assert confirm_seconds(log, SPEC, 1, 2) == 0
+    assert confirm_seconds(log, SPEC, 5, 2) == 4 * 5 * 5 / 2
+    log.save(trials[0].model_copy(update={"trial_id": "t0-folds", "kind": "folds", "name": "t0"}))
+    assert confirm_seconds(log, SPEC, 5, 2) == 3 * 5 * 5 / 2
+    assert confirm_seconds(log_of(tmp_path / "empty"), SPEC, 5, 2) == 0

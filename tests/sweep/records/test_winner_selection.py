@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,9 +17,9 @@ from sweep_folder import sweep_spec
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.longtail.metrics import balanced_standard_error
-from imbvlm.sweep.records.adjustment_selection import logits_file
+from imbvlm.sweep.records.adjustment_selection import logits_file, prune_logits, select_adjustments
 from imbvlm.sweep.records.difference import verdict_on_test
-from imbvlm.sweep.records.refit_selection import refits
+from imbvlm.sweep.records.refit_selection import folds_id, refits
 from imbvlm.sweep.records.summary_tables import verdict
 from imbvlm.sweep.records.trial_log import SELECTION_FILE, WINNER, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import (
@@ -77,6 +78,47 @@ def log(tmp_path: Path) -> TrialLog:
 @pytest.fixture
 def spec() -> SweepSpec:
     return sweep_spec()
+
+
+FOLDS = 5
+
+
+def train_targets() -> torch.Tensor:
+    """Those of the training images, fold after fold."""
+    labels = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+    return torch.cat([labels[fold::FOLDS] for fold in range(FOLDS)])
+
+
+def fold_numbers() -> torch.Tensor:
+    sizes = torch.tensor([len(range(fold, sum(COUNTS), FOLDS)) for fold in range(FOLDS)])
+    return torch.arange(FOLDS).repeat_interleave(sizes)
+
+
+def train_logits(seed: int, noise: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    right = 2.0 * torch.nn.functional.one_hot(train_targets(), len(COUNTS))
+    return right + noise * torch.randn(right.shape, generator=generator)
+
+
+def add_folds(
+    log: TrialLog, trial_id: str, of_train: torch.Tensor, of_official: torch.Tensor, state: str = "finished"
+) -> None:
+    """A trial's run over folds."""
+    update = {"trial_id": folds_id(trial_id), "kind": "folds", "name": trial_id, "state": state}
+    log.save(log.records[trial_id].model_copy(deep=True, update=update))
+    labels, folds = torch.cat([train_targets(), targets()]), fold_numbers()
+    scored = torch.stack([train_targets()[folds == fold].bincount(minlength=len(COUNTS)) for fold in range(FOLDS)])
+    save_file(
+        {
+            "last": torch.cat([of_train, of_official]).half(),
+            "targets": labels.int(),
+            "folds": torch.cat([folds, torch.full((len(targets()),), FOLDS)]).int(),
+            "epochs": torch.tensor([0, 1]),
+            "class_counts": torch.tensor(COUNTS) - scored,
+            "split_counts": torch.tensor(COUNTS),
+        },
+        logits_file(log.folder, folds_id(trial_id)),
+    )
 
 
 def selected(log: TrialLog, spec: SweepSpec) -> Any:
@@ -240,3 +282,122 @@ def test_a_damaged_file_says_how_to_go_on(log: TrialLog) -> None:
     Path(log.folder, SELECTION_FILE).write_text(json.dumps({"winner": "t1"}))
     with pytest.raises(ImbvlmError, match=r"is damaged .* imbvlm sweep resume "):
         read_selection(log.folder)
+
+
+# ---------------------------------------------------------------------------------------------------- confirming folds
+
+
+def test_rows_of_folds_and_official_rows_select_together(log: TrialLog, spec: SweepSpec) -> None:
+    """The official rows alone prefer the other trial; the value is checked in float64, temperature by search."""
+    add(log, "b00001", 0.5, logits(5, 3.0), "baseline", "linear probe")
+    add(log, "t00001", 0.9, logits(0, 1.0))
+    add(log, "t00002", 0.8, logits(1, 1.1))
+    alone = selected(log, spec)
+    assert (alone.winner, alone.num_official) == ("t00001", 0)
+    prior = 0.9 * torch.tensor(COUNTS).log()
+    of_folds = {
+        "b00001": (train_logits(5, 3.0), logits(5, 3.0)),
+        "t00001": (train_logits(0, 2.5), logits(0, 1.0)),
+        "t00002": (train_logits(1, 1.0) + prior, logits(1, 1.1) + prior),
+    }
+    for trial_id, parts in of_folds.items():
+        add_folds(log, trial_id, *parts)
+    selection = selected(log, spec)
+    assert selection.winner == "t00002"
+    assert (selection.num_rows, selection.num_official, selection.num_folds) == (427 + 200, 200, FOLDS)
+    write_selection(log.folder, selection)
+    assert read_selection(log.folder) == selection
+    text = describe_selection(selection, log, spec, has_test=True)
+    assert "on 427 training images over 5 folds and 200 validation images: t00002" in text
+    assert "the best trial by balanced_accuracy is t00001 (-" in text
+    assert "by models of 80 % of the training images" in describe_selection(selection, log, spec, has_test=False)
+    log.selected = selection.selected
+    (winner, *_) = refits(log, spec)
+    tau = select_adjustments(log.folder, [winner], log, spec)[WINNER].adjustment.tau
+    assert tau == pytest.approx(0.9, abs=0.2)
+    counts = torch.tensor(COUNTS) - torch.stack(
+        [train_targets()[fold_numbers() == fold].bincount(minlength=len(COUNTS)) for fold in range(FOLDS)]
+    )
+    log_counts = counts.double().clamp(min=0.5).log()
+    of_rows = torch.cat([log_counts[fold_numbers()], log_counts.mean(dim=0).expand(200, -1)])
+    adjusted = torch.cat(of_folds["t00002"]).half().double() - tau * of_rows
+    labels = torch.cat([train_targets(), targets()])
+    weights = 1 / (labels.bincount().double()[labels] * len(COUNTS))
+    values = [
+        float((weights * (adjusted / temperature).log_softmax(dim=1)[torch.arange(627), labels]).sum())
+        for temperature in np.geomspace(0.2, 5, 2000)
+    ]
+    assert selection.log_likelihoods["t00002"] == pytest.approx(max(values), abs=2e-4)
+
+
+def test_before_all_runs_over_folds_have_ended_the_official_rows_select(log: TrialLog, spec: SweepSpec) -> None:
+    """A sweep whose time was up had selected among the few that were scored."""
+    add(log, "t00001", 0.9, logits(0, 1.0))
+    add(log, "t00002", 0.8, logits(1, 1.1))
+    before = selected(log, spec)
+    add_folds(log, "t00002", train_logits(1, 1.0), logits(1, 1.1))
+    assert selected(log, spec) == before
+    add_folds(log, "t00001", train_logits(0, 2.5), logits(0, 1.0), state="running")
+    assert selected(log, spec) == before
+    log.records[folds_id("t00001")].state = "finished"
+    assert selected(log, spec).winner == "t00002"
+
+
+def test_a_trial_whose_run_over_folds_failed_is_no_candidate(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "t00001", 0.9, logits(0, 1.0))
+    add(log, "t00002", 0.8, logits(1, 1.5))
+    before = selected(log, spec)
+    add_folds(log, "t00001", train_logits(0, 1.0), logits(0, 1.0), state="failed")
+    add_folds(log, "t00002", train_logits(1, 1.5), logits(1, 1.5))
+    selection = selected(log, spec)
+    assert list(selection.log_likelihoods) == ["t00002"]
+    text = describe_selection(selection, log, spec, has_test=True)
+    assert "the best trial by balanced_accuracy is t00001 (which wasn't scored over folds)" in text
+    log.records[folds_id("t00002")].state = "failed"
+    assert selected(log, spec) == before, "where all failed the official rows select"
+
+
+@pytest.mark.parametrize(("noise", "winner"), [(0.8, "t00002"), (1.6, "t00001")])
+def test_a_trial_that_trains_the_encoder_is_compared_on_the_official_rows(
+    log: TrialLog, spec: SweepSpec, noise: float, winner: str
+) -> None:
+    """Its official rows are easier than the training rows of folds, on which nothing scored it."""
+    add(log, "t00001", 0.9, logits(0, 1.2))
+    record = add(log, "t00002", 0.8, logits(1, noise))
+    record.config["method"] = "fine_tuning"
+    log.records["t00002"].config = TrialConfig.from_tree(
+        {"data": {"manifest": "m"}, "encoder": {"name": "tiny"}, "method": "fine_tuning"}
+    ).to_tree()
+    add_folds(log, "t00001", train_logits(0, 3.0), logits(0, 1.2))
+    selection = selected(log, spec)
+    assert selection.log_likelihoods["t00001"] < selection.log_likelihoods["t00002"]
+    assert selection.winner == winner
+    assert (selection.num_official > 0) == (winner == "t00001")
+
+
+def test_more_seeds_over_folds_count_by_their_mean(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "t00001", 0.9, logits(0, 1.0))
+    add(log, "t00002", 0.8, logits(1, 1.1))
+    for number, (trial_id, noise) in enumerate((("t00001", 3.0), ("t00002", 1.1))):
+        add(log, f"{trial_id}-seed1", 0.5, logits(2 + number, 1.0), "confirm", trial_id)
+        add_folds(log, trial_id, train_logits(number, 1.0 + number / 10), logits(number, 1.0))
+        add_folds(log, f"{trial_id}-seed1", train_logits(2 + number, noise), logits(2 + number, noise))
+    selection = selected(log, spec)
+    assert selection.winner == "t00002"
+    assert set(selection.log_likelihoods) == {"t00001", "t00002"}
+
+
+def test_a_blend_is_decided_on_over_folds_that_official_rows_have_joined(log: TrialLog, spec: SweepSpec) -> None:
+    for number in range(3):
+        add(log, f"t{number:05d}", 0.8, logits(number, 1.0))
+        add_folds(log, f"t{number:05d}", train_logits(number, 1.0), logits(number, 1.0))
+    selection = selected(log, spec)
+    assert {member.name for member in selection.members} == {"t00000", "t00001", "t00002"}
+    assert selection.decisions[0].gain > 0
+
+
+def test_logits_of_runs_over_folds_stay_for_exports(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "t00001", 0.9, logits(0, 1.0))
+    add_folds(log, "t00001", train_logits(0, 1.0), logits(0, 1.0))
+    prune_logits(log.folder, log, spec, is_over=True)
+    assert Path(logits_file(log.folder, folds_id("t00001"))).exists()

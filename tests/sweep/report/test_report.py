@@ -274,7 +274,9 @@ def test_without_a_test_split_the_large_numbers_are_claims_and_none_where_too_li
         "corrected for the selection, by models of 80 % of the training images",
     )
     assert facts[1].notes[2] == "they tell it to ± 15.7 points"
-    assert "64.1 ± 5.9 %" in page_of(folder)
+    page = page_of(folder)
+    assert "64.1 ± 5.9 %" in page
+    assert "Selected by class-balanced log-likelihood on 300 validation images." in page
 
 
 def test_a_sweep_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
