@@ -100,10 +100,10 @@ def patch_losses(module: ModuleType) -> None:
 def patch_tower(module: ModuleType) -> None:
     init, call = module.EncoderWorker.__init__, module.EncoderWorker.__call__
 
-    def start(self: Any, *arguments: Any) -> None:
+    def start(self: Any, *arguments: Any, **options: Any) -> None:
         if ordered := orders():
             hoard_if_ordered(ordered, "tower_start")
-        init(self, *arguments)
+        init(self, *arguments, **options)
 
     def slow(self: Any, block: Any) -> Any:
         if ordered := orders():
