@@ -11,6 +11,7 @@ import numpy as np
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import Z95, duration, join_limited, mean_std, percent, pluralize
+from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.claims import Claim
 from imbvlm.longtail.class_stats import SHOT_GROUPS
@@ -51,8 +52,8 @@ class ReportContent:
     """
 
     source: ReportData
-    encoder: str
-    image_size: int | None
+    encoders: Sequence[str]
+    image_sizes: Sequence[int]
     encoder_notes: Sequence[str]
     num_images: Mapping[str, int]
     verdict: Verdict
@@ -78,6 +79,11 @@ def build(source: ReportData) -> ReportContent:
     """Build the report of a sweep's present state."""
     manifest = read_manifest(source.spec, source.folder)
     record = source.best or next(iter(source.log.records.values()))
+    # What the delivered model consists of.
+    configs = [
+        part.trial_config().encoder
+        for part in [source.log.records[member.name] for member in source.members] or [record]
+    ]
     pairs = score_tables.worst_pairs(source)
     images, problems = _images(pairs, manifest)
     orders, notes = score_tables.class_orders(source), encoder_notes(source.log, source.spec)
@@ -121,8 +127,8 @@ def build(source: ReportData) -> ReportContent:
     }
     return ReportContent(
         source=source,
-        encoder=record.trial_config().encoder.name,
-        image_size=_image_size(record),
+        encoders=[*dict.fromkeys(config.name for config in configs)],
+        image_sizes=sorted({size for config in configs if (size := _image_size(config)) is not None}),
         encoder_notes=notes,
         num_images=_num_images(source, record, manifest),
         verdict=_verdict(source),
@@ -135,13 +141,13 @@ def build(source: ReportData) -> ReportContent:
     )
 
 
-def _image_size(record: TrialRecord) -> int | None:
+def _image_size(config: EncoderConfig) -> int | None:
     """The side of the encoder's square input in pixels; None if the folder of a local encoder is gone."""
     # Imported here because it takes seconds.
     from imbvlm.models.encoders.encoder_factory import describe_encoder
 
     try:
-        return describe_encoder(record.trial_config().encoder).image_size
+        return describe_encoder(config).image_size
     except ImbvlmError:
         return None
 

@@ -160,6 +160,9 @@ def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_
     value = record.epochs[-1]["test/balanced_accuracy"]
     assert value == pytest.approx(balanced(test.labels, classes))
     report = build(ReportData.read(blended.folder))
+    # All members have one encoder of one size.
+    assert list(report.encoders) == [blended.log.records["t00002"].config["encoder"]["name"]]
+    assert len(report.image_sizes) == 1
     assert report.facts[0].value.startswith(f"{100 * value:.1f} ± ")
     assert report.facts[0].notes[0] == "15 test images in 5 classes"
     assert report.facts[0].notes[1].startswith("over 2 seeds ")
