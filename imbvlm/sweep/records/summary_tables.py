@@ -15,7 +15,7 @@ from imbvlm.data.split_power import resolve_folds, validation_rows
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in
 from imbvlm.sweep.records.provenance import data_name
-from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values
+from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values, name_rank
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
@@ -217,7 +217,7 @@ def format_value(key: str, value: object) -> str:
 def scores_table(scored: list[TrialRecord], width: int = UNLIMITED) -> str:
     """Refits on the test split: means over seeds and their standard deviations; percent."""
     rows = []
-    for name in dict.fromkeys(record.name for record in scored):
+    for name in sorted(dict.fromkeys(record.name for record in scored), key=name_rank):
         records = [record for record in scored if record.name == name and record.epochs]
         for split in splits_of(records, METRICS, ALL_SPLITS):
             values = [mean_std(last_values(records, f"{split}/{metric}")) for metric in METRICS]

@@ -281,16 +281,18 @@ def _constraints(folder: str) -> Mapping[str, float]:
 def describe_trial(record: TrialRecord) -> str:
     """A trial in a few words: method, loss, classifier, sampling, learning rate, augmentation, second stage.
 
-    A method that trains nothing is followed by its options.
+    Behind the method stand the encoder and the image size if the space searches them. A method that trains nothing is
+    followed by its options.
     """
     config = record.config
     method = config["method"]
+    encoder = _searched_encoder(record.draw)
     if not METHODS[method].trains:
         own = {f"{method}.{key}": value for key, value in (config.get(method) or {}).items()} | record.selected_options
         options = (
             f"{key.split('.')[1].replace('_', ' ')} {value:.3g}" for key, value in own.items() if value is not None
         )
-        return ", ".join([method.replace("_", " "), *options])
+        return ", ".join([method.replace("_", " ") + encoder, *options])
     loss, classifier, optim = config.get("loss") or {}, config.get("classifier") or {}, config.get("optim") or {}
     augmentation = {**(config.get("mixing") or {}), **(config.get("feature_augmentation") or {})}
     loss_options = [
@@ -299,7 +301,7 @@ def describe_trial(record: TrialRecord) -> str:
         if isinstance(value, (int, float)) and key != "label_smoothing"
     ]
     parts = [
-        method.replace("_", " ") + (f" depth {config['decoder']['depth']}" if config.get("decoder") else ""),
+        method.replace("_", " ") + (f" depth {config['decoder']['depth']}" if config.get("decoder") else "") + encoder,
         " ".join([loss.get("name", "").replace("_", " "), *loss_options]),
         classifier.get("kind", "") + (f" {classifier['temperature']:.3g}" if "temperature" in classifier else ""),
         config["data"]["class_sampling"].replace("_", " "),
@@ -308,3 +310,12 @@ def describe_trial(record: TrialRecord) -> str:
         f"then {config['second_stage']['name'].replace('_', ' ')}" if config.get("second_stage") else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _searched_encoder(draw: Mapping[str, Any]) -> str:
+    """The sampled name and image size of an encoder, such as ` openai_vit_b16 at 224 px`."""
+    name = f" {draw['encoder.name']}" if "encoder.name" in draw else ""
+    if "encoder.image_size" not in draw:
+        return name
+    size = draw["encoder.image_size"]
+    return f"{name} at {f'{size} px' if size else 'its own size'}"

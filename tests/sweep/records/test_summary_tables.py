@@ -79,6 +79,11 @@ def test_a_trial_in_a_few_words() -> None:
     config = TrialConfig.from_tree({**BASE, "method": "decoder", "loss": {"name": "focal", "gamma": 1.234}})
     one = TrialRecord(trial_id="t", kind="search", config=config.to_tree())
     assert describe_trial(one) == "decoder depth 3, focal gamma 1.23, cosine 0.04, instance balanced, lr 0.03"
+    one.draw = {"encoder.name": "openai_vit_b16", "encoder.image_size": 336, "optim.lr": 0.03}
+    assert describe_trial(one).startswith("decoder depth 3 openai_vit_b16 at 336 px, focal gamma 1.23, ")
+    one.draw = {"encoder.image_size": None}
+    assert describe_trial(one).startswith("decoder depth 3 at its own size, focal gamma 1.23, ")
+    one.draw = {}
     mixed = {"method": "adapter", "mixing": {"cutmix": 0.5}, "loss": {"name": "cross_entropy"}}
     one.config = TrialConfig.from_tree({**BASE, **mixed}).to_tree()
     assert describe_trial(one) == "adapter, cross entropy, cosine 0.04, instance balanced, lr 0.03, cutmix 0.5"
@@ -132,12 +137,15 @@ def test_the_test_split_is_a_mean_over_seeds_with_its_deviation() -> None:
         scored.append(one)
     single = record("refit-zero", 0.1, "zero_shot", "refit", "zero-shot")
     single.epochs = [{"epoch": 1.0, "test/top1_accuracy": 0.6}]
-    lines = summary_tables.scores_table([*scored, single]).splitlines()
+    delivered = record("delivered", 0.1, kind="delivered", name="delivered")
+    delivered.epochs = scored[-1].epochs
+    lines = summary_tables.scores_table([single, *scored, delivered]).splitlines()
     assert "standard deviation" in lines[0]
-    assert lines[3].split("  ")[0] == "winner"
-    assert "72.0 ± 2.0" in lines[3]
-    assert "50.0 ± 0.0" in lines[3]
-    assert lines[4].split()[-6:] == ["1", "60.0", "-", "-", "-", "-"]
+    # In this order, whatever was scored first.
+    assert [line.split("  ")[0] for line in lines[3:]] == ["delivered", "winner", "zero-shot"]
+    assert "72.0 ± 2.0" in lines[4]
+    assert "50.0 ± 0.0" in lines[4]
+    assert lines[5].split()[-6:] == ["1", "60.0", "-", "-", "-", "-"]
 
 
 def test_five_crops_have_a_row_of_their_own() -> None:
