@@ -55,8 +55,8 @@ Output = StrEnum("Output", ["tokens", "pooled", "image_embedding"])
 # Outputs of another image size or crop are other outputs, which a sweep can't read.
 READ_BY = (
     "A sweep reads these outputs where its encoder, encoder.image_size, eval.resize and features are the same, and "
-    "computes others itself; sweeps/quickstart.py and a small sweeps/paper.py need --encoder tinylit_lite0 "
-    "--image-size 96 --set eval.resize=1.0"
+    "computes others itself; with --encoder tinylit_lite0 --set eval.resize=1.0 sweeps/quickstart.py reads "
+    "--image-size 64 and 128, and a small sweeps/paper.py 96"
 )
 
 
@@ -267,8 +267,8 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "encoder compare": (
         with_plugins(compare_encoders),
         examples(
-            "imbvlm encoder compare photos.parquet --encoders openai_vit_b16,siglip2_vit_b16,dinov3_vit_b16",
-            "imbvlm encoder compare photos.parquet --encoders pe_core_b16 --sizes 224,384 --json",
+            "imbvlm encoder compare photos.parquet --encoders pe_core_b16,dinov3_vit_b16",
+            "imbvlm encoder compare photos.parquet --encoders bioclip2 --sizes 224,336",
         ),
     ),
     "features extract": (

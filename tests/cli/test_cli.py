@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pty
+import re
 import shlex
 import signal
 import struct
@@ -374,18 +375,22 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(
 ) -> None:
     """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    options = shlex.split(app.READ_BY[app.READ_BY.index("--encoder") :])
-    given = taken("features", "extract", "embedded:fashion_mnist_lt", *options)
-    tree = {"data": {"manifest": given["manifest"]},
-            "encoder": {"name": given["encoder"], "image_size": int(given["image_size"])},
-            "method": "zero_shot"}  # fmt: skip
-    extracted = TrialConfig.from_tree(tree).with_overrides(parse_settings(given["settings"]))
-    sweeps = [importlib.import_module("sweeps.quickstart").spec, importlib.import_module("sweeps.paper").spec]
-    for spec in sweeps:
-        for config in encoder_configs(check_spec(spec)):
-            assert (config.encoder, config.eval, config.features) == (
-                extracted.encoder, extracted.eval, extracted.features,
-            )  # fmt: skip
+    options, _, named = app.READ_BY[app.READ_BY.index("--encoder") :].partition(" sweeps/quickstart.py ")
+    sizes = [re.findall(r"\b\d+\b", part) for part in named.split("sweeps/paper.py")]
+    for name, own in zip(("quickstart", "paper"), sizes, strict=True):
+        spec = importlib.import_module(f"sweeps.{name}").spec
+        extracted = []
+        for size in own:
+            given = taken(
+                "features", "extract", "embedded:fashion_mnist_lt", "--image-size", size, *shlex.split(options)
+            )
+            tree = {"data": {"manifest": given["manifest"]},
+                    "encoder": {"name": given["encoder"], "image_size": int(given["image_size"])},
+                    "method": "zero_shot"}  # fmt: skip
+            config = TrialConfig.from_tree(tree).with_overrides(parse_settings(given["settings"]))
+            extracted.append((config.encoder, config.eval, config.features))
+        read = [(config.encoder, config.eval, config.features) for config in encoder_configs(check_spec(spec))]
+        assert read == extracted
     words = ("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0", "--dry-run")
     assert app.READ_BY in " ".join(leave(capsys, *words[:2], "--help")[1].split())
     code, out, _ = leave(capsys, *words, "--storage", str(tmp_path))
@@ -395,11 +400,11 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(
 
 
 def test_sweeps_of_one_encoder_prepare_its_images_in_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that sweeps on one storage share what is computed."""
+    """So that sweeps on one storage share what is computed, where their image sizes are the same."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    ways: dict[str, set[tuple]] = {}
+    ways: dict[str, set[float]] = {}
     for path in sorted((Path(__file__).parents[2] / "sweeps").glob("*.py")):
         spec = importlib.import_module(f"sweeps.{path.stem}").spec
         for config in encoder_configs(check_spec(spec)):
-            ways.setdefault(config.encoder.name, set()).add((config.encoder.image_size, config.eval.resize))
+            ways.setdefault(config.encoder.name, set()).add(config.eval.resize)
     assert {name: way for name, way in ways.items() if len(way) > 1} == {}
