@@ -111,6 +111,7 @@ def test_resuming_another_spec_is_refused_with_the_difference(smoke: tuple[Path,
     assert "is 7 now" in printed
 
 
+@pytest.mark.slow
 def test_a_killed_driver_resumes_to_the_same_number_of_trials_none_twice(smoke: tuple[Path, str], home: Path) -> None:
     arguments = [sys.executable, QUICKSTART, "--smoke", "--set", "num_trials=6", "--storage", "runs"]
     driver = subprocess.Popen(
