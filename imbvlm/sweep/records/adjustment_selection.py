@@ -164,10 +164,10 @@ def select_adjustments(
 
     Refits on fresh crops and trials without logits have none.
     """
-    selections = {}
+    selections, runs = {}, confirmed(log, spec)
     for refit in selected:
         if METHODS[refit.config.method].learns and not refit.is_fresh:
-            validation = read_validation(folder, refit.record, log, spec)
+            validation = read_validation(folder, refit.record, log, runs)
             if validation is not None:
                 selections[refit.name] = select_adjustment(validation, spec)[0]
     return selections
@@ -247,9 +247,13 @@ class Validation:
         return len(self.targets) == len(self.saved.targets)
 
 
-def read_validation(folder: str, record: TrialRecord, log: TrialLog, spec: SweepSpec) -> Validation | None:
-    """A trial's validation rows with those of its encoder's zero-shot baseline; None without logits."""
-    runs = confirmed(log, spec)
+def read_validation(
+    folder: str, record: TrialRecord, log: TrialLog, runs: Mapping[str, TrialRecord]
+) -> Validation | None:
+    """A trial's validation rows with those of its encoder's zero-shot baseline; None without logits.
+
+    `runs` are those of `confirmed`.
+    """
     runs = runs if record.trial_id in runs else {}
     scored = runs.get(record.trial_id, record)
     saved = read_logits(logits_file(folder, scored.trial_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -63,13 +64,14 @@ def to_confirm(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:
 
     Those that read images are none, because a fold's models train on stored features.
     """
-    best = [
+    eligible = (
         record
         for record in log.ranked(spec.objective)
         if record.state == "finished"
         and not log.constraint_violation(record, spec.objective)
         and not record.trial_config().reads_images
-    ][: spec.num_confirmed]
+    )
+    best = [*itertools.islice(eligible, spec.num_confirmed)]
     trial_ids = {record.trial_id for record in best}
     more_seeds = [record for record in log.of("confirm") if record.name in trial_ids and record.state == "finished"]
     of_baselines = [record for record in log.best(spec.objective, "baseline") if not record.trial_config().reads_images]

@@ -23,7 +23,7 @@ from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
 from imbvlm.sweep.records.adjustment_selection import read_validation, select_adjustment
 from imbvlm.sweep.records.refit_selection import confirmed
-from imbvlm.sweep.records.trial_log import SELECTION_FILE, Selected, TrialLog
+from imbvlm.sweep.records.trial_log import SELECTION_FILE, Selected, TrialLog, TrialRecord
 from imbvlm.sweep.spec.baselines import pass_key
 from imbvlm.sweep.spec.sweep_spec import BlendConfig, SweepSpec
 from imbvlm.training.validation_logits import RowLogits, SavedValLogits
@@ -121,13 +121,14 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0
     """
     if not spec.selects_by_likelihood:
         return None
-    pools = [(pool, BlendPool.fit(pool.candidates, pool.targets)) for pool in _read_pools(folder, log, spec)]
+    runs = confirmed(log, spec)
+    pools = [(pool, BlendPool.fit(pool.candidates, pool.targets)) for pool in _read_pools(folder, log, spec, runs)]
     if not pools:
         return None
     means, best = dict[str, float](), dict[str, tuple[float, _Pool, BlendPool]]()
     for pool, blend_pool in pools:
         own = {
-            trial_id: _mean_over_seeds(folder, log, spec, trial_id, value, pool)
+            trial_id: statistics.fmean([value, *_of_more_seeds(folder, log, spec, runs, trial_id, pool)])
             for trial_id, value in _likelihoods(blend_pool, balanced_row_weights(pool.targets)).items()
         }
         # Ties go to the earlier trial, and to a baseline.
@@ -214,16 +215,15 @@ def describe_claim(metric: str, claim: Claim) -> str:
     return f"{name} {100 * claim.value:.1f} {width}"
 
 
-def _read_pools(folder: str, log: TrialLog, spec: SweepSpec) -> list[_Pool]:
+def _read_pools(folder: str, log: TrialLog, spec: SweepSpec, runs: Mapping[str, TrialRecord]) -> list[_Pool]:
     best = [record for record in log.ranked(spec.objective) if record.state == "finished"]
     eligible = [record for record in best if not log.constraint_violation(record, spec.objective)]
     pools: list[_Pool] = []
-    runs = confirmed(log, spec)
     for record in [*log.of("baseline"), *eligible]:
         config = record.trial_config()
         if runs and record.trial_id not in runs and not config.reads_images:
             continue
-        rows = read_validation(folder, record, log, spec)
+        rows = read_validation(folder, record, log, runs)
         if rows is None or not rows.is_whole:
             continue
         # As in `select_adjustments`, what has learned nothing isn't adjusted.
@@ -268,16 +268,18 @@ def _comparable_value(pool: _Pool, blend_pool: BlendPool, name: str, value: floa
     return _likelihoods(blend_pool, row_weights)[name]
 
 
-def _mean_over_seeds(folder: str, log: TrialLog, spec: SweepSpec, trial_id: str, value: float, pool: _Pool) -> float:
-    """The mean of a trial's log-likelihood and those of its runs with more seeds on the same rows."""
-    values = [value]
+def _of_more_seeds(
+    folder: str, log: TrialLog, spec: SweepSpec, runs: Mapping[str, TrialRecord], trial_id: str, pool: _Pool
+) -> list[float]:
+    """The log-likelihoods of a trial's runs with more seeds on the rows of its pool."""
+    values = list[float]()
     for record in log.of("confirm"):
-        rows = read_validation(folder, record, log, spec) if record.name == trial_id else None
+        rows = read_validation(folder, record, log, runs) if record.name == trial_id else None
         if rows is not None and pool.has_rows_of(rows.saved):
             _, logits = select_adjustment(rows, spec)
             of_seed = BlendPool.fit([Candidate(record.trial_id, "", logits)], rows.targets)
             values += _likelihoods(of_seed, balanced_row_weights(rows.targets)).values()
-    return statistics.fmean(values)
+    return values
 
 
 def _claims(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, num_passes: int) -> dict[str, Claim]:
