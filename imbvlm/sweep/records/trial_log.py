@@ -20,6 +20,7 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.training_sections import MAX_THREADS
 from imbvlm.config.trial_config import TrialConfig, option_metric, selected_options
+from imbvlm.sweep.spec.baselines import encoder_suffix
 from imbvlm.sweep.spec.objectives import best_epoch, running_maximum, violations
 
 TrialKind = Literal["baseline", "search", "confirm", "folds", "refit", "delivered"]
@@ -286,7 +287,7 @@ def describe_trial(record: TrialRecord) -> str:
     """
     config = record.config
     method = config["method"]
-    encoder = _searched_encoder(record.draw)
+    encoder = encoder_suffix(record.draw)
     if not METHODS[method].trains:
         own = {f"{method}.{key}": value for key, value in (config.get(method) or {}).items()} | record.selected_options
         options = (
@@ -310,12 +311,3 @@ def describe_trial(record: TrialRecord) -> str:
         f"then {config['second_stage']['name'].replace('_', ' ')}" if config.get("second_stage") else "",
     ]
     return ", ".join(part for part in parts if part)
-
-
-def _searched_encoder(draw: Mapping[str, Any]) -> str:
-    """The sampled name and image size of an encoder, such as ` openai_vit_b16 at 224 px`."""
-    name = f" {draw['encoder.name']}" if "encoder.name" in draw else ""
-    if "encoder.image_size" not in draw:
-        return name
-    size = draw["encoder.image_size"]
-    return f"{name} at {f'{size} px' if size else 'its own size'}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from imbvlm.base.schema import Tree, flatten
 from imbvlm.base.yaml_file import YamlTree
@@ -114,6 +116,15 @@ def probe_config(zero_shot: TrialConfig, own_train: Tree) -> TrialConfig:
     return TrialConfig.from_tree(YamlTree(probe, "baseline"))
 
 
+def encoder_suffix(values: Mapping[str, Any]) -> str:
+    """Return the encoder's name and image size, as far as `values` has these keys: ` openai_vit_b16 at 224 px`."""
+    name = f" {values['encoder.name']}" if "encoder.name" in values else ""
+    if "encoder.image_size" not in values:
+        return name
+    size = values["encoder.image_size"]
+    return f"{name} at {f'{size} px' if size else 'its own size'}"
+
+
 def _suffixes(configs: list[TrialConfig]) -> list[str]:
     """Return what tells each configuration from the others, such as ` openai_vit_b16 at 128 px`.
 
@@ -121,12 +132,7 @@ def _suffixes(configs: list[TrialConfig]) -> list[str]:
     """
     trees = [flatten(json.loads(feature_key(config))) for config in configs]
     differing = [key for key in trees[0] if any(tree[key] != trees[0][key] for tree in trees)]
-    is_named, is_sized = ("encoder.name" in differing), ("encoder.image_size" in differing)
-    suffixes = []
-    for tree in trees:
-        size = tree["encoder.image_size"]
-        name = f" {tree['encoder.name']}" if is_named else ""
-        suffixes.append(name + (f" at {f'{size} px' if size else 'its own size'}" if is_sized else ""))
+    suffixes = [encoder_suffix({key: tree[key] for key in differing}) for tree in trees]
     if len(set(suffixes)) == len(suffixes):
         return suffixes
     others = [key for key in differing if key not in ("encoder.name", "encoder.image_size")]
