@@ -28,7 +28,7 @@ from imbvlm.features.extraction import ensure_features, seconds_per_image
 from imbvlm.features.store_sizes import bytes_per_image
 from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.longtail.metrics import balanced_standard_error, per_class_accuracy
+from imbvlm.longtail.metrics import balanced_standard_error, per_class_accuracy, shot_group_accuracies
 from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.feasibility import data_counts, one_class_problem, validation_problem
@@ -152,12 +152,13 @@ class HeadScore:
     @staticmethod
     def of(correct: npt.NDArray[np.int64], total: npt.NDArray[np.int64], stats: ClassStats) -> HeadScore:
         """The score of correct rows and rows per class (C,)."""
-        few = stats.few_shot[total[stats.few_shot] > 0]
+        accuracy, few = per_class_accuracy(correct, total), stats.few_shot
+        few_shot_accuracy = shot_group_accuracies(accuracy, stats).get("few_shot_accuracy")
         return HeadScore(
-            float(np.nanmean(per_class_accuracy(correct, total))),
+            float(np.nanmean(accuracy)),
             balanced_standard_error(correct, total),
-            float((correct[few] / total[few]).mean()) if len(few) else None,
-            balanced_standard_error(correct[few], total[few]) if len(few) else None,
+            few_shot_accuracy,
+            None if few_shot_accuracy is None else balanced_standard_error(correct[few], total[few]),
         )
 
 
@@ -223,7 +224,8 @@ def compare_encoder(
         # A library may have made another error of a Ctrl-C.
         interrupts.check()
         return replace(result, failure=" ".join(str(error).split()) or type(error).__name__)
-    return replace(result, scores=scores, images_per_second=1 / seconds if seconds else None)
+    notes = [*result.notes, *([features.notice] if features.notice else [])]
+    return replace(result, scores=scores, images_per_second=1 / seconds if seconds else None, notes=notes)
 
 
 def _heads(encoder: ComparedEncoder) -> dict[str, tuple[TrialConfig, int | None]]:

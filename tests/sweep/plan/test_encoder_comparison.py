@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.split_power import NUM_FOLDS
+from imbvlm.features import extraction
 from imbvlm.features.extraction import ensure_features
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.sweep.plan.encoder_comparison import (
@@ -177,6 +179,19 @@ def test_features_and_scores_are_those_of_a_sweeps_baselines(tmp_path: Path) -> 
         assert score.balanced_standard_error == pytest.approx(expected[head]["val/balanced_standard_error"])
         assert score.few_shot_accuracy == pytest.approx(expected[head]["val/few_shot_accuracy"])
     assert set(result.scores) == {"linear probe", "class means", "zero-shot"}
+
+
+def test_an_encoder_that_cannot_be_compiled_has_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line that says so while it runs is redrawn by the next."""
+    monkeypatch.setattr(extraction, "resolve_compile", lambda *arguments: True)
+    monkeypatch.setattr(torch, "compile", lambda function: Mock(side_effect=RuntimeError("no C compiler")))
+    manifest, location = made_manifest([20, 10]), str(tmp_path / "manifest.parquet")
+    manifest.write(location)
+    (encoder,) = find_encoders(location, [write_tower(tmp_path / "encoder", "vit")], [], 0)
+    with extraction_in_this_process():
+        sample = sample_images(Manifest.read(location), 2000, 0)
+        result = compare_encoder(encoder, sample, str(tmp_path / "features"), lambda text: None)
+    assert [note.rpartition(": ")[2] for note in result.notes] == ["no C compiler"]
 
 
 # ------------------------------------------------------------------------------------------------ the encoders
