@@ -45,7 +45,7 @@ def resplit(seed: int) -> Manifest:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a draw's sweep delivers, and its difference from adjusted baselines, in points of balanced accuracy.
+    """The accuracy of a draw's delivered model and its differences from adjusted baselines, in points.
 
     `best` is from the baseline that validation ranks first, `nearest` from that of the highest accuracy on the truth;
     both compare means over seeds. `exported` compares the exported model with the mean of the former.
@@ -72,7 +72,7 @@ def run_quickstart(manifest: Manifest, folder: Path) -> str:
 
 
 def measured(sweep: str) -> Draw:
-    """What a sweep says on its test split."""
+    """The scores of a sweep on its test split."""
     log = TrialLog.read(sweep)
     runs = delivered_runs(log)
     differences = baseline_differences(log, runs)

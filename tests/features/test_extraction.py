@@ -335,13 +335,13 @@ def test_compiled_features_are_those_of_the_same_store(
     plain, _ = extract(tmp_path, trial(tmp_path, tower, EXACT), manifest, outputs, splits=("val",))
     expected = plain.store("val").gather("pooled", np.arange(NUM_VAL))
     shutil.rmtree(tmp_path / "features")
-    compiled, said = extract(
+    compiled, lines = extract(
         tmp_path, trial(tmp_path, tower, {**EXACT, "compile": True}), manifest, outputs, splits=("val",)
     )
     assert compiled.folders == plain.folders
     torch.testing.assert_close(compiled.store("val").gather("pooled", np.arange(NUM_VAL)), expected)
     assert compiled.notice == ""
-    assert not any("torch.compile" in line for line in said)
+    assert not any("torch.compile" in line for line in lines)
     torch._dynamo.reset()
 
 
@@ -351,10 +351,10 @@ def test_where_an_encoder_cannot_be_compiled_the_pass_goes_on_and_says_so(
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: Mock(side_effect=RuntimeError("no C compiler")))
     config = trial(tmp_path, tower, {**EXACT, "compile": True})
-    features, said = extract(tmp_path, config, make_data(tmp_path), {"pooled"}, splits=("val",))
+    features, lines = extract(tmp_path, config, make_data(tmp_path), {"pooled"}, splits=("val",))
     sentence = f"the encoder {tower} computes without torch.compile: RuntimeError: no C compiler"
     assert features.notice == sentence
-    assert said[-1].endswith(f"; {sentence}")
+    assert lines[-1].endswith(f"; {sentence}")
     assert not features.store("val").missing("pooled")
 
 

@@ -79,11 +79,8 @@ def build(source: ReportData) -> ReportContent:
     """Build the report of a sweep's present state."""
     manifest = read_manifest(source.spec, source.folder)
     record = source.best or next(iter(source.log.records.values()))
-    # What the delivered model consists of.
-    configs = [
-        part.trial_config().encoder
-        for part in [source.log.records[member.name] for member in source.members] or [record]
-    ]
+    delivered = [source.log.records[member.name] for member in source.members] or [record]
+    configs = dict.fromkeys(part.trial_config().encoder for part in delivered)
     pairs = score_tables.worst_pairs(source)
     images, problems = _images(pairs, manifest)
     orders, notes = score_tables.class_orders(source), encoder_notes(source.log, source.spec)
