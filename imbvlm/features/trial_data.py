@@ -13,7 +13,7 @@ from imbvlm.base.formatting import join_limited
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.data.folds import deal_folds
+from imbvlm.data.folds import deal_folds, fold_pairs
 from imbvlm.data.image_stream import ImageRows
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
@@ -120,19 +120,24 @@ class TrialData:
 
     @staticmethod
     def open_folds(
-        config: TrialConfig, features: FeatureSet, num_folds: int, *, table: LabelRows | None = None
+        config: TrialConfig,
+        features: FeatureSet,
+        num_folds: int,
+        *,
+        in_pairs: bool = False,
+        table: LabelRows | None = None,
     ) -> tuple[TrialData, ...]:
         """The data of each fold of the training rows (data/folds.py), for a trial on stored features.
 
-        `table` as in `open`. Raises StoreError, StorageError.
+        `in_pairs`: of each two folds, without official rows. `table` as in `open`. Raises StoreError, StorageError.
         """
         table = label_rows(features.manifest) if table is None else table
         whole = TrialData.open(config, features, refit=True, table=table)
         assert isinstance(whole.train, StoredRows), "a trial that reads images is scored on held-out rows"
         row_numbers = table.rows_of("train")[whole.train.rows]
-        official = whole.val if isinstance(whole.val, StoredRows) and len(whole.val) else None
-        opened = []
-        for fold in deal_folds(table, num_folds, config.data.split_seed).folds:
+        official = whole.val if isinstance(whole.val, StoredRows) and len(whole.val) and not in_pairs else None
+        folds, opened = deal_folds(table, num_folds, config.data.split_seed), []
+        for fold in fold_pairs(folds) if in_pairs else folds.folds:
             is_val = np.isin(row_numbers, fold.val)
             train, val = whole.train.subset(~is_val, whole.train.num_views), whole.train.subset(is_val, 1)
             stats = _class_stats(table, train)

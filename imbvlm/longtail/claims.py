@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,6 @@ def bias_corrected_claims(
     targets: Tensor,
     stats: ClassStats,
     *,
-    correction: Floats | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Claim]:
@@ -76,18 +75,28 @@ def bias_corrected_claims(
 
     `choose(row_weights)` makes the whole choice on rows with class-balanced weights (N,), and gives which rows (N,) its
     predictor has correct. Each bootstrap chooses on its own rows and is scored on the others (BBC-CV)
-    [Tsamardinos et al. 2018]. targets (N,). `correction` (N,) is that of `size_correction`. Raises ImbvlmError for
-    fewer than two rows.
+    [Tsamardinos et al. 2018]. targets (N,). Raises ImbvlmError for fewer than two rows.
     """
     correct = out_of_bag_accuracy(choose, targets, num_resamples=num_resamples, seed=seed)
     labels = targets.numpy()
-    groups = {"balanced_accuracy": np.arange(stats.num_classes)}
-    groups |= {f"{group}_accuracy": members for group, members in stats.shot_groups.items()}
-    is_in = {name: np.isin(labels, members) for name, members in groups.items()}
-    correction = np.zeros(len(labels)) if correction is None else correction
-    return {
-        name: macro_claim(correct[rows], labels[rows], correction[rows]) for name, rows in is_in.items() if rows.any()
-    }
+    return {name: macro_claim(correct[rows], labels[rows]) for name, rows in _rows_of_metrics(labels, stats).items()}
+
+
+def corrected_claims(
+    claims: Mapping[str, Claim], gains: Floats, targets: Tensor, stats: ClassStats
+) -> dict[str, Claim]:
+    """Claims of models that train on all images: gains (N,) are those of `size_correction` on rows of targets (N,).
+
+    The error of the mean gain widens the intervals.
+    """
+    labels, corrected = targets.numpy(), {}
+    for name, rows in _rows_of_metrics(labels, stats).items():
+        totals, claim = np.bincount(labels[rows]), claims[name]
+        row_weights = 1 / totals[labels[rows]] / claim.num_classes
+        mean = float(row_weights @ gains[rows])
+        error = float(np.hypot(claim.standard_error, np.linalg.norm(row_weights * (gains[rows] - mean))))
+        corrected[name] = replace(claim, value=min(max(claim.value + mean, 0.0), 1.0), standard_error=error)
+    return corrected
 
 
 def out_of_bag_accuracy(
@@ -127,19 +136,22 @@ def size_correction(by_folds: npt.ArrayLike, by_pairs: npt.ArrayLike, num_folds:
     return (num_folds - 2) / num_folds * gains
 
 
-def macro_claim(correct: Floats, labels: Labels, correction: Floats | None = None) -> Claim:
-    """The mean over classes with rows of their mean correctness (N,) from 0 to 1, and of its correction (N,)."""
+def macro_claim(correct: Floats, labels: Labels) -> Claim:
+    """The mean over classes with rows of their mean correctness (N,) from 0 to 1."""
     totals = np.bincount(labels)
     sums = np.bincount(labels, weights=correct)
     present = totals > 0
     value = float((sums[present] / totals[present]).mean())
     error = balanced_standard_error(sums, totals)
-    if correction is not None:
-        row_weights = 1 / totals[labels] / present.sum()
-        mean = float(row_weights @ correction)
-        value = min(max(value + mean, 0.0), 1.0)
-        error = float(np.hypot(error, np.linalg.norm(row_weights * (correction - mean))))
     return Claim(value=value, standard_error=error, num_classes=int(present.sum()), num_rows=len(labels))
+
+
+def _rows_of_metrics(labels: Labels, stats: ClassStats) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which rows (N,) balanced accuracy and each shot group's accuracy are of, for those that have rows."""
+    groups = {"balanced_accuracy": np.arange(stats.num_classes)}
+    groups |= {f"{group}_accuracy": members for group, members in stats.shot_groups.items()}
+    rows = {name: np.isin(labels, members) for name, members in groups.items()}
+    return {name: is_in for name, is_in in rows.items() if is_in.any()}
 
 
 def paired_difference(

@@ -88,8 +88,8 @@ class TrialSettings:
     results by class to `model_folder`. `score_test` evaluates the test split once, after the last epoch, also with
     logits adjusted by `post_hoc`. Validation logits go to `logits_file`. `marker` is a file of
     the sweep; a machine that lacks it doesn't share the sweep's folder. A trial on stored features is scored over
-    `num_folds` of the training rows if they are more than one. `keeps_test_logits` also writes the test split's logits
-    to `model_folder`, if they aren't too large.
+    `num_folds` of the training rows if they are more than one, `in_pairs` over each two of them. `keeps_test_logits`
+    also writes the test split's logits to `model_folder`, if they aren't too large.
     """
 
     config: TrialConfig
@@ -104,6 +104,7 @@ class TrialSettings:
     keeps_test_logits: bool = False
     model_folder: str | None = None
     num_folds: int = 1
+    in_pairs: bool = False
     post_hoc: PostHocAdjustment | None = None
     logits_file: str | None = None
     marker: str | None = None
@@ -260,13 +261,13 @@ class TrialSession:
         # Pinned copies of outputs that the next trial doesn't read would keep their space.
         copied = None if features.cache is None else (outputs, of_test)
         num_folds = 1 if config.reads_images or settings.refit else settings.num_folds
-        key = (config.data, config.reads_images, features, settings.refit, num_folds, copied)
+        key = (config.data, config.reads_images, features, settings.refit, num_folds, settings.in_pairs, copied)
         if self._opened is None or self._opened.key != key:
             # Released first: this machine may have no space for copies of both.
             self._opened = None
             features, pinned = pin_features(features, outputs, of_test)
             if num_folds > 1:
-                data = TrialData.open_folds(config, features, num_folds)
+                data = TrialData.open_folds(config, features, num_folds, in_pairs=settings.in_pairs)
             else:
                 data = (TrialData.open(config, features, refit=settings.refit),)
             self._opened = _Opened(key, features, data, pinned)

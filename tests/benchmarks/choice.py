@@ -25,7 +25,7 @@ from imbvlm.data.manifest_schema import SPLITS
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.extraction import ensure_features
 from imbvlm.longtail.blending import Blend, BlendPool, Candidate, decide_blend
-from imbvlm.longtail.claims import Claim, bias_corrected_claims, macro_claim, size_correction
+from imbvlm.longtail.claims import Claim, bias_corrected_claims, corrected_claims, macro_claim, size_correction
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import log_prior
 from imbvlm.longtail.post_hoc_adjustment import adjust_logits, balanced_row_weights
@@ -396,8 +396,8 @@ def claimed(plan: Plan, pool: Pool, seed: int) -> tuple[ClaimedDraw, ClaimedDraw
 
     naive = choose(balanced_row_weights(folds.targets)).double().numpy()
     correction = size_correction(naive, without_pairs(blend, pool, sample), NUM_FOLDS)
-    claims = bias_corrected_claims(choose, folds.targets, sample.stats, correction=correction, seed=seed)
     plain = bias_corrected_claims(choose, folds.targets, sample.stats, seed=seed)
+    claims = corrected_claims(plain, correction, folds.targets, sample.stats)
     right = (blend.combine(truth.logits).argmax(dim=1) == truth.targets).double().numpy()
     validated = np.unique(folds.targets.numpy())
     few = np.intersect1d(validated, sample.stats.few_shot)

@@ -57,6 +57,11 @@ class SplitSizes:
     confirm_folds: int = 1
     confirm_val: int = 0
 
+    @property
+    def corrects_claims(self) -> bool:
+        """Whether models without each two folds say what is gained by training on all images."""
+        return self.num_folds > 2 and self.test == 0
+
     def over_folds(self) -> SplitSizes:
         """Return the sizes with which `confirm_folds` would score all trials."""
         return replace(self, num_folds=self.confirm_folds, folds_val=self.confirm_val)
@@ -66,6 +71,12 @@ class SplitSizes:
         if self.num_folds == 1 or config.reads_images:
             return EpochSizes(self.train, self.val)
         return EpochSizes(self.refit - self.folds_val // self.num_folds, self.folds_val, self.num_folds)
+
+    def of_pairs(self, config: TrialConfig) -> EpochSizes:
+        """Return what models without each two folds read in an epoch."""
+        num_pairs = self.num_folds * (self.num_folds - 1) // 2
+        lacking = 2 * self.folds_val // self.num_folds
+        return EpochSizes(self.refit - lacking, num_pairs * lacking, num_pairs)
 
     def of_refit(self, config: TrialConfig) -> EpochSizes:
         """Return what a refit reads in an epoch."""
@@ -306,6 +317,7 @@ class Estimator:
         """Estimate the refits of winner and probe over the seeds and of zero-shot once; in a study those of all trials.
 
         The winner and the members of a blend count as mean trials. There may be as many members as `blend` allows.
+        Where claims are corrected, runs without pairs of folds count as refits.
         """
         spec, of_refit = self.sweep.spec, self.rows.of_refit
         num_seeds, num_refits = len(spec.refit_seeds), self.sweep.num_trials if spec.study else 1
@@ -315,6 +327,8 @@ class Estimator:
         members = 0 if spec.blends is None else min(spec.blends.max_members, self.sweep.num_trials)
         most = max(num_refits, members)
         total = Interval(num_refits * winner, most * winner).times(num_seeds)
+        if self.rows.corrects_claims and (of_pairs := self._trial_seconds(self.rows.of_pairs)) is not None:
+            total += Interval(of_pairs, max(1, members) * of_pairs)
         for config in {baseline.config.method: baseline.config for baseline in self.baselines}.values():
             epoch = self._epoch_seconds(config, of_refit(config))
             if epoch is None:

@@ -348,7 +348,8 @@ def max_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, packs: Packing, co
     """Return the most bytes that validation logits take at one time."""
     num_running = concurrent * packs.largest(sweep)
     num_bytes = logit_file_bytes(sweep.spec, manifest)
-    return max_logit_files(sweep, num_running, num_bytes) * num_bytes + confirm_logit_bytes(sweep, manifest)
+    again = confirm_logit_bytes(sweep, manifest) + pair_logit_bytes(sweep, manifest)
+    return max_logit_files(sweep, num_running, num_bytes) * num_bytes + again
 
 
 def confirm_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, num_ended: int = 0) -> int:
@@ -358,6 +359,17 @@ def confirm_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, num_ended: int
         return 0
     num_rows = len(validation_rows(manifest, spec.split_seed, folds)) + len(manifest.rows_of("val"))
     return max(0, max_confirmed(sweep) - num_ended) * file_bytes(num_rows, len(manifest.class_names), folds)
+
+
+def pair_logit_bytes(sweep: ResolvedSweep, manifest: Manifest) -> int:
+    """Return the most bytes of logits of the runs without pairs of folds, which correct claims without a test split."""
+    spec, folds = sweep.spec, num_folds(sweep.spec, manifest)
+    if folds < 3 or len(manifest.rows_of("test")) or not spec.selects_by_likelihood:
+        return 0
+    num_rows = (folds - 1) * len(validation_rows(manifest, spec.split_seed, folds))
+    # The members of the blend, or the winner, and zero-shot of each encoder.
+    num_runs = (1 if spec.blends is None else spec.blends.max_members) + len(encoder_configs(sweep))
+    return num_runs * file_bytes(num_rows, len(manifest.class_names), folds * (folds - 1) // 2)
 
 
 def max_test_logit_bytes(sweep: ResolvedSweep, manifest: Manifest) -> int:

@@ -103,7 +103,7 @@ def trials_to_choose_from(log: TrialLog, spec: SweepSpec, file_bytes: int) -> se
     trial's end changes its value.
     """
     best, ranked = log.best(spec.objective), log.ranked(spec.objective)
-    needed = [*log.of("baseline"), *log.of("confirm"), *log.of("folds")]
+    needed = [*log.of("baseline"), *log.of("confirm"), *log.of("folds"), *log.of("pairs")]
     needed += [*best[:NUM_BEST], *ranked[: spec.confirm_trials]]
     needed += [record for record in ranked if record.state == "finished"][: max_candidates(spec, file_bytes)]
     needed += [refit.record for refit in refits(log, spec)] if best else []
@@ -302,10 +302,15 @@ def select_adjustment(rows: Validation, spec: SweepSpec) -> tuple[AdjustmentSele
 def _zero_shot_logits(
     folder: str, record: TrialRecord, log: TrialLog, runs: Mapping[str, TrialRecord]
 ) -> SavedValLogits | None:
-    """The logits of the zero-shot baseline of the trial's encoder, in its place those of its run over folds in `runs`.
+    """The logits of `zero_shot_baseline`, in its place those of its run over folds in `runs`."""
+    baseline = zero_shot_baseline(record, log)
+    if baseline is None:
+        return None
+    return read_logits(logits_file(folder, runs.get(baseline.trial_id, baseline).trial_id))
 
-    None if the encoder itself was trained.
-    """
+
+def zero_shot_baseline(record: TrialRecord, log: TrialLog) -> TrialRecord | None:
+    """The baseline whose logits may be mixed into a trial's; None if the encoder itself was trained."""
     config = record.trial_config()
     if METHODS[config.method].trains_encoder or not METHODS[config.method].learns:
         return None
@@ -314,7 +319,4 @@ def _zero_shot_logits(
         for other in log.of("baseline")
         if not METHODS[other.config["method"]].learns and feature_key(other.trial_config()) == feature_key(config)
     )
-    baseline = next(of_encoder, None)
-    if baseline is None:
-        return None
-    return read_logits(logits_file(folder, runs.get(baseline.trial_id, baseline).trial_id))
+    return next(of_encoder, None)

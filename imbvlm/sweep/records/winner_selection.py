@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from imbvlm.base.formatting import pluralize
 from imbvlm.base.json_file import read_json
 from imbvlm.config.method_registry import METHODS
 from imbvlm.data.folds import deal_units
+from imbvlm.data.manifest_schema import Rows
 from imbvlm.longtail.blending import Blend, BlendDecision, BlendMember, BlendPool, Candidate, decide_blend
-from imbvlm.longtail.claims import Claim, bias_corrected_claims
+from imbvlm.longtail.claims import Claim, Floats, bias_corrected_claims, corrected_claims, size_correction
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
-from imbvlm.sweep.records.adjustment_selection import read_validation, select_adjustment
+from imbvlm.sweep.records.adjustment_selection import Validation, read_validation, select_adjustment
 from imbvlm.sweep.records.refit_selection import confirmed
 from imbvlm.sweep.records.trial_log import SELECTION_FILE, Selected, TrialLog, TrialRecord
 from imbvlm.sweep.spec.baselines import pass_key
@@ -45,7 +46,7 @@ class Selection:
     delivered predictor's accuracies, over `num_rows` validation rows of so many folds, of which `num_official` are of
     the official split. `members` are those of the delivered blend, whose logits are divided by `temperature`; none
     where the winner alone is delivered. `decisions` were for or against blends, and `objection` says why none was
-    sought.
+    sought. `is_size_corrected` says that the claims are of models that train on all images.
     """
 
     winner: str
@@ -58,6 +59,7 @@ class Selection:
     temperature: float = 1.0
     objection: str = ""
     num_official: int = 0
+    is_size_corrected: bool = False
 
     @property
     def rows(self) -> str:
@@ -72,6 +74,8 @@ class Selection:
     @property
     def basis(self) -> str:
         """The basis of the claims, as a clause."""
+        if self.is_size_corrected:
+            return f"corrected for the selection and for the images that models of {self.num_folds} folds lack"
         share = (
             f", by models of {100 - 100 / self.num_folds:.0f} % of the training images" if self.num_folds > 1 else ""
         )
@@ -150,6 +154,41 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0
     return selection if num_test else replace(selection, claims=_claims(pool, blend_pool, spec, num_passes))
 
 
+def correct_claims(
+    folder: str, log: TrialLog, spec: SweepSpec, selection: Selection, pairs: Mapping[str, TrialRecord], row_of: Rows
+) -> Selection:
+    """The selection with claims of models that train on all images (docs/protocol.md, Claims).
+
+    `pairs` has the runs without pairs of folds by their trials' ids, and `row_of` the row among those of the folds (N,)
+    of each of theirs. It stays as it is where logits are missing.
+    """
+    members = selection.members or (BlendMember(selection.winner, "", 1.0, 1.0, 0.0),)
+    of_folds = _scored_members(folder, log, spec, members, {})
+    of_pairs = _scored_members(folder, log, spec, members, pairs)
+    if of_folds is None or of_pairs is None:
+        return selection
+    without_pairs = np.bincount(row_of, weights=of_pairs[0], minlength=len(of_folds[0])) / (selection.num_folds - 1)
+    gains = size_correction(of_folds[0], without_pairs, selection.num_folds)
+    claims = corrected_claims(selection.claims, gains, of_folds[1].targets, of_folds[1].stats[0])
+    return replace(selection, claims=claims, is_size_corrected=True)
+
+
+def _scored_members(
+    folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[BlendMember], runs: Mapping[str, TrialRecord]
+) -> tuple[Floats, SavedValLogits] | None:
+    """Correctness (N,) of members' blended logits, with its rows, of the runs in `runs`; None if some are missing."""
+    logits, saved = dict[str, Tensor](), None
+    for record in (log.records[member.name] for member in members):
+        rows = read_validation(folder, record, log, runs)
+        if rows is None or not rows.is_whole:
+            return None
+        logits[record.trial_id], saved = _adjusted(rows, record, spec), rows.saved
+    if saved is None:
+        return None
+    predicted = Blend(tuple(members), 0.0, 1, (), ()).combine(logits).argmax(dim=1)
+    return (predicted == saved.targets).double().numpy(), saved
+
+
 def write_selection(folder: str, selection: Selection) -> None:
     """Write selection.json into a sweep's folder."""
     storage.write_bytes(storage.join(folder, SELECTION_FILE), json.dumps(asdict(selection), indent=1).encode())
@@ -226,14 +265,18 @@ def _read_pools(folder: str, log: TrialLog, spec: SweepSpec, runs: Mapping[str, 
         rows = read_validation(folder, record, log, runs)
         if rows is None or not rows.is_whole:
             continue
-        # As in `select_adjustments`, what has learned nothing isn't adjusted.
-        logits = select_adjustment(rows, spec)[1] if METHODS[config.method].learns else rows.logits
+        logits = _adjusted(rows, record, spec)
         pool = next((pool for pool in pools if pool.has_rows_of(rows.saved)), None)
         if pool is None:
             saved = rows.saved
             pools.append(pool := _Pool(saved.targets, saved.folds, saved.stats[0], len(saved.stats)))
         pool.candidates.append(Candidate(record.trial_id, pass_key(config), logits.half()))
     return pools
+
+
+def _adjusted(rows: Validation, record: TrialRecord, spec: SweepSpec) -> Tensor:
+    """A trial's logits (N, C) as validation adjusts them; as in `select_adjustments`, only what has learned."""
+    return select_adjustment(rows, spec)[1] if METHODS[record.config["method"]].learns else rows.logits
 
 
 def _objection(pool: _Pool, parts: Tensor, num_test: int) -> str:

@@ -29,6 +29,7 @@ from imbvlm.sweep.plan.feasibility import (
     needed_outputs,
     num_folds,
     packing,
+    pair_logit_bytes,
     trials_at_once,
 )
 from imbvlm.sweep.records.adjustment_selection import check_logits_fit, logit_bytes
@@ -154,4 +155,5 @@ def _pending_logit_bytes(run: SweepRun, packs: Packing) -> int:
     num_confirmed = sum(record.state in ENDED for record in run.log.of("folds"))
     pending = num_left * logit_file_bytes(run.spec, run.manifest)
     pending += confirm_logit_bytes(run.sweep, run.manifest, num_confirmed)
+    pending += 0 if run.log.of("pairs") else pair_logit_bytes(run.sweep, run.manifest)
     return max(0, min(largest - logit_bytes(run.folder), pending))

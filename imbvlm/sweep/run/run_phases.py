@@ -20,6 +20,7 @@ from imbvlm.sweep.records.summary_tables import run_header
 from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE, TrialLog
 from imbvlm.sweep.run.check_phase import check, check_provenance, open_run
+from imbvlm.sweep.run.claim_phase import correct_for_size
 from imbvlm.sweep.run.conclude_phase import conclude
 from imbvlm.sweep.run.confirm_phase import confirm, confirm_over_folds
 from imbvlm.sweep.run.extract_phase import extract
@@ -61,6 +62,7 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                     confirm_over_folds(run)
                     _check_interrupted(lease)
                     refit(run)
+                    correct_for_size(run)
                     seconds = time.monotonic() - started
             conclude(run, seconds)
     return log

@@ -42,6 +42,11 @@ class Job:
     asked: AskedTrial | None = None
     alone: bool = False
 
+    @property
+    def is_over_folds(self) -> bool:
+        """Whether folds, or pairs of them, score a configuration again."""
+        return self.kind in ("folds", "pairs")
+
 
 class JobSource(Protocol):
     """Where the jobs of a run come from."""

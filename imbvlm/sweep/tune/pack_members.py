@@ -117,7 +117,7 @@ class Members:
 
 def may_train_with_others(job: Job) -> bool:
     """Return whether a trial may join a pack: baselines end by their patience, restarted trials are at any epoch."""
-    return not job.alone and (job.kind == "search" or (job.kind == "folds" and job.config.train is not None))
+    return not job.alone and (job.kind == "search" or (job.is_over_folds and job.config.train is not None))
 
 
 def _end(report: TrialReport, *, is_stopped: bool) -> End | None:

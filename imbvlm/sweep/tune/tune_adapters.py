@@ -70,7 +70,7 @@ class TuneSearcher(Unpickled, Searcher):
         key, size = None, 1
         if self._pack_size is None:
             pass
-        elif not job.alone and (job.kind == "baseline" or (job.kind == "folds" and job.config.train is None)):
+        elif not job.alone and (job.kind == "baseline" or (job.is_over_folds and job.config.train is None)):
             key, size = f"baselines of {feature_key(job.config)}", BASELINES_PER_ENCODER
         elif may_train_with_others(job) and (size := self._pack_size(job.config)) > 1:
             key = pack_key(job.config)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ray.tune.search import Searcher
+from driven_jobs import Driver, driven
 from tiny_data import tiny_config, tiny_features
 
 from imbvlm.base.console import Console
-from imbvlm.base.schema import Tree
-from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.plan.feasibility import confirm_folds
@@ -25,18 +21,11 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import confirmed, folds_id
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import select_winner
-from imbvlm.sweep.run import sweep_run
 from imbvlm.sweep.run.confirm_phase import confirm_over_folds
 from imbvlm.sweep.run.sweep_run import SweepRun
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune import in_process_trial
-from imbvlm.sweep.tune.in_process_trial import InProcessTrial
-from imbvlm.sweep.tune.jobs import Job, JobSource, RunContext
-from imbvlm.sweep.tune.pack_members import Members
-from imbvlm.sweep.tune.progress_callback import ProgressCallback
-from imbvlm.sweep.tune.tune_adapters import TuneSearcher
-from imbvlm.training.trial_session import TrialSettings
+from imbvlm.sweep.tune.jobs import RunContext
 from imbvlm.training.validation_logits import read_logits
 
 BEST = "val/best_balanced_accuracy"
@@ -44,58 +33,9 @@ TRIALS = {f"t{number:05d}": tiny_config("linear_probe", optim__lr=rate) for numb
 BASELINES = {"b00001": tiny_config("zero_shot"), "b00002": tiny_config("class_means")}
 
 
-class DrivenTrial(InProcessTrial):
-    """A process's trainable without Tune, which would give it an id."""
-
-    trial_id = "driven"
-
-
-class Driver:
-    """Runs jobs in this process, one Tune trial after the other; `before_step` may raise."""
-
-    def __init__(self) -> None:
-        self.groups: list[list[str]] = []
-        self.before_step: Callable[[list[str]], None] = lambda trial_ids: None
-
-    def run_jobs(
-        self,
-        context: RunContext,
-        source: JobSource,
-        settings: Callable[[Job], TrialSettings],
-        brackets: None,
-        kind: TrialKind,
-        total: int,
-        pack_size: Callable[[TrialConfig], int],
-    ) -> int:
-        members = Members(f"{context.folder}/ray", settings)
-        searcher, progress = (
-            TuneSearcher(source, members, pack_size, {}),
-            ProgressCallback(context, members, kind, total, {}),
-        )
-        for number in itertools.count():
-            config: Any = searcher.suggest(f"tune{number}")
-            if config == Searcher.FINISHED:
-                return progress.num_lost
-            trial: Any = SimpleNamespace(trial_id=f"tune{number}", config=config)
-            self.groups.append(config["trial_ids"])
-            run = DrivenTrial.__new__(DrivenTrial)
-            run.setup(config)
-            progress.on_trial_start(0, [], trial)
-            result: Tree = {"done": False}
-            while not result["done"]:
-                self.before_step(config["trial_ids"])
-                result = run.step()
-                progress.on_trial_result(0, [], trial, result)
-            run.cleanup()
-        raise AssertionError
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    driven = Driver()
-    monkeypatch.setattr(sweep_run, "run_jobs", driven.run_jobs)
-    monkeypatch.setattr(in_process_trial, "record_process", lambda trial_id: None)
-    return driven
+    return driven(monkeypatch)
 
 
 @pytest.fixture(scope="module")
