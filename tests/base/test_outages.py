@@ -187,7 +187,7 @@ def test_answers_that_take_seconds_are_waited_for_and_no_request_is_made_twice(
     def answer(number: int, method: str, path: str) -> None:
         asked[method, path] += 1
         if number % 3 == 0:
-            # Longer than the three seconds after which pyarrow's client gives up by itself.
+            # Longer than the three seconds after which pyarrow's client gives up.
             time.sleep(4)
 
     with proxy(server, answer) as endpoint:

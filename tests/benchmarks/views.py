@@ -17,7 +17,7 @@ NUM_VIEWS = (1, 2, 4, 8)
 
 
 def lines(options: Options) -> Iterator[Line]:
-    """One store has a view for every epoch; smaller numbers draw from its first ones: crops hang on row and view."""
+    """One store has a view for every epoch; smaller numbers draw from its first ones: crops depend on row and view."""
     most = max(*NUM_VIEWS, embedded.NUM_EPOCHS + 1)
     splits = ("train", "val", "test")
     found = embedded.features(options.folder, most, splits)

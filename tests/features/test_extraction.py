@@ -376,7 +376,7 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(
     other, said = extract(tmp_path, plain, manifest, {"pooled"}, splits=("val",))
     assert other.folders != features.folders
     assert f"features: {NUM_VAL} images to compute" in said
-    # What a CPU computes in by itself, as it has units for it or not.
+    # The default precision on a CPU, with units for it and without.
     for has_them, same in ((True, features), (False, other)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_them=has_them: has_them)
         by_itself, said = extract(

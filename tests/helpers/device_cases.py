@@ -40,7 +40,7 @@ Case = Callable[[torch.device], Numbers]
 
 
 def cases(folder: Path) -> dict[str, Case]:
-    """By name; each gives numbers that don't hang on the device."""
+    """By name; each gives numbers that don't depend on the device."""
     problems = {kind: TinyImages(folder / kind, kind) for kind in ("vit", "resnet")}
     found: dict[str, Case] = {}
 

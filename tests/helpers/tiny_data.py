@@ -113,7 +113,7 @@ def tiny_config(method: str, **overrides: object) -> TrialConfig:
     encoder = tiny_tower()[0] if method == "prompt_tuning" else "tiny"
     tree = {"data": {"manifest": "tiny"}, "encoder": {"name": encoder}, "method": method}
     if METHODS[method].trains:
-        # By itself a decoder's numbers hang on what the processor can do.
+        # The default precision of a decoder depends on the processor.
         tree["train"] = {"num_epochs": 3, "batch_size": 32, "precision": "float32"}
         tree["loss"] = {"name": "cross_entropy"}
     return TrialConfig.from_tree(tree).with_overrides(

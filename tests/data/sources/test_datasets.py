@@ -865,7 +865,7 @@ def test_a_check_decodes_no_more_at_once_than_one_image_may_have(
     monkeypatch.setattr("imbvlm.data.images.decode_budget.MAX_PIXELS", 70_000)
     report = check_manifest(from_folders(str(tmp_path), "made"), decode_all=True)
     assert "can't be decoded" not in str(report)
-    # The large one alone, which is above the limit by itself.
+    # The large one, which alone is above the limit.
     assert most[0] == 120_000
     (tmp_path / "a" / "large.png").unlink()
     most[0] = 0

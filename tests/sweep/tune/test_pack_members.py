@@ -1,4 +1,4 @@
-"""A pack is several trials to everybody but Tune: the same records, stops and values as for each by itself."""
+"""A pack is several trials to everybody but Tune: the same records, stops and values as for each alone."""
 
 from __future__ import annotations
 
