@@ -187,7 +187,7 @@ def test_a_column_that_ray_data_would_unpickle_is_not_read(mark: Path, tmp_path:
     plain = {"uri": ["a.png", "b.png"], "label": [0, 1], "split": ["train", "train"]}
     metadata = {b"imbvlm": json.dumps({"class_names": ["a", "b"]}).encode()}
     path = tmp_path / "hostile.parquet"
-    for name in ("uri", "bytes", "label", "split", "content"):
+    for name in ("uri", "bytes", "label", "split", "content", "group"):
         pq.write_table(pa.table({**plain, name: column(2)}).replace_schema_metadata(metadata), path)
         for read in (Manifest.read, label_rows) if name != "bytes" else (Manifest.read,):
             with pytest.raises(ManifestError, match=f"the column '{name}' isn't read: .* may run code"):

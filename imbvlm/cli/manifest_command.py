@@ -86,8 +86,32 @@ def build(
         Rank, _reading(metavar="RANK", help=f"rank of iNaturalist's classes: {', '.join(get_args(Rank))}")
     ] = "species",
     names: Annotated[Names, _reading(help="which names iNaturalist's classes get")] = "scientific",
+    group_by: Annotated[
+        str | None,
+        _splits(
+            metavar="COLUMN",
+            help="keep images of a group on one side of every split, such as those of a camera: the column of --table, "
+            "or the field of --inaturalist's images, that has their group",
+        ),
+    ] = None,
+    group_from: Annotated[
+        str | None,
+        _splits(
+            metavar="REGEX",
+            help="the same by image paths: a regular expression with the group in parentheses, such as '(cam[0-9]+)/'; "
+            "or exif:serial or exif:day, which read every image",
+        ),
+    ] = None,
     test_share: Annotated[
-        float | None, _splits(metavar="SHARE", help="hold out this share of each class as the test split")
+        float | None,
+        _splits(metavar="SHARE", help="hold out this share of each class as the test split, in whole groups if any"),
+    ] = None,
+    test_groups: Annotated[
+        list[str] | None,
+        _splits(
+            metavar="GROUP",
+            help="make these groups the test split, one or more; test images of other groups join training",
+        ),
     ] = None,
     imbalance_factor: Annotated[
         float | None,
@@ -118,11 +142,12 @@ def build(
     from imbvlm.data.manifest_summary import summary
     from imbvlm.data.sources.benchmarks import build_dataset
     from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
+    from imbvlm.data.sources.group_reader import read_groups, with_groups
     from imbvlm.data.sources.inaturalist import from_inaturalist
     from imbvlm.data.sources.manifest_builder import read_class_names
     from imbvlm.data.sources.table_files import from_table
     from imbvlm.data.sources.webdataset import from_shards
-    from imbvlm.data.splits import hold_out_test_split
+    from imbvlm.data.splits import hold_out_test_groups, hold_out_test_split
 
     if sum(map(bool, (dataset, folders, lists, table, inaturalist, webdataset))) > 1:
         ctx.fail(ONE_SOURCE)
@@ -131,6 +156,7 @@ def build(
             f"{dataset!r} is no benchmark; {suggest_name(dataset, BENCHMARKS)}", param_hint="--dataset"
         )
     storage.check_location(output)
+    _check_groups(group_by, group_from, test_share, test_groups, has_fields=bool(table or inaturalist))
     if imbalance_factor is None:
         for option, value in (("--class-order", class_order), ("--tail-shape", tail_shape)):
             if value is not None:
@@ -151,25 +177,41 @@ def build(
             tables,
             root or tables[0].rpartition("/")[0],
             name or _stem(table[0]),
-            columns=_pairs(column or (), "--column", ("uri", "label", "split", "bytes")),
+            columns={
+                **_pairs(column or (), "--column", ("uri", "label", "split", "bytes")),
+                **({"group": group_by} if group_by is not None else {}),
+            },
             class_names=own_names,
             pack_prefix=output.removesuffix(".parquet") + ".images",
         )
     elif inaturalist:
         annotations = _pairs(inaturalist, "--inaturalist", SPLITS)
         manifest = from_inaturalist(
-            annotations, root, name or "inaturalist", categories=categories, rank=rank, names=names
+            annotations,
+            root,
+            name or "inaturalist",
+            categories=categories,
+            rank=rank,
+            names=names,
+            group_by=group_by,
         )
     elif webdataset:
         shards = _files(webdataset, frozenset((".tar",)))
         manifest = from_shards(shards, name or _stem(webdataset[0]), class_names=own_names)
     else:
         ctx.fail(ONE_SOURCE)
+    if group_by is not None:
+        manifest = with_groups(manifest, manifest.table.column("group").to_pylist(), f"--group-by {group_by}")
+    if group_from is not None:
+        below = folders or root or (tables[0].rpartition("/")[0] if table else "")
+        manifest = with_groups(manifest, read_groups(manifest, group_from, below), f"--group-from {group_from}")
     if test_share is not None or "val" not in manifest.splits:
         # Test and validation rows are sampled from training images, and duplicates must stay in one split.
         manifest = mark_duplicates(manifest)
     if test_share is not None:
         manifest = hold_out_test_split(manifest, test_share, seed=seed)
+    if test_groups is not None:
+        manifest = hold_out_test_groups(manifest, test_groups)
     if imbalance_factor is not None:
         order = read_class_names(class_order) if class_order else None
         manifest = make_imbalanced(
@@ -179,6 +221,30 @@ def build(
     print(summary(manifest))
     print(f"\nwritten to {output}; look for mistakes with: imbvlm manifest check {output}")
     return 0
+
+
+def _check_groups(
+    group_by: str | None,
+    group_from: str | None,
+    test_share: float | None,
+    test_groups: list[str] | None,
+    *,
+    has_fields: bool,
+) -> None:
+    if group_by is not None and group_from is not None:
+        raise ImbvlmError("Only one of --group-by and --group-from says what a group is. Leave one out.")
+    if group_by is not None and not has_fields:
+        raise ImbvlmError(
+            f"--group-by must be a column of --table or a field of --inaturalist's images, got {group_by!r} without "
+            "them. Use --group-from for a part of the path."
+        )
+    if test_groups is not None and group_by is None and group_from is None:
+        raise ImbvlmError(
+            f"--test-groups needs --group-by or --group-from, which say what a group is, got {test_groups[0]!r} alone. "
+            "Add one of them."
+        )
+    if test_groups is not None and test_share is not None:
+        raise ImbvlmError("Only one of --test-share and --test-groups says what the test split is. Leave one out.")
 
 
 def show(

@@ -22,7 +22,7 @@ from imbvlm.base.errors import LINE_BREAKS, ImbvlmError, PluginNeededError, end_
 OptionsT = TypeVar("OptionsT")
 LATEST = "latest"
 # Options that take several values at once, of `manifest build` and of sweeps/*.py.
-SEVERAL_VALUES = frozenset(("--list", "--table", "--inaturalist", "--webdataset", "--part"))
+SEVERAL_VALUES = frozenset(("--list", "--table", "--inaturalist", "--webdataset", "--part", "--test-groups"))
 
 ManifestPath = Annotated[
     str, typer.Argument(metavar="MANIFEST", help="path or s3:// URI of a manifest, or embedded:NAME")

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.data.groups import deal_groups
 from imbvlm.data.manifest import LabelRows
 from imbvlm.data.manifest_schema import Rows, seeded
 
@@ -50,23 +51,28 @@ def deal_folds(rows: LabelRows, num_folds: int, seed: int) -> Folds:
     """Divide the training rows into folds by class (docs/protocol.md, Splits, counts, selection).
 
     Copies of an image are one unit. A class with two or more units is validated once, each unit by models that never
-    saw it. A class with one unit, and copies that several classes share, are trained on in every fold. Raises
-    ImbvlmError for fewer than two folds.
+    saw it. A class with one unit, and copies that several classes share, are trained on in every fold. Where the
+    manifest has groups, they are the units, and one that holds all images of a class is trained on in every fold.
+    Raises ImbvlmError for fewer than two folds.
     """
     if num_folds < 2:
         raise ImbvlmError(f"folds must be 2 or more, got {num_folds}. A model that saw all images can't be scored.")
     train = rows.rows_of("train")
-    labels, groups = rows.labels[train], rows.groups[train]
-    _, first, unit = np.unique(groups, return_index=True, return_inverse=True)
+    labels, copies = rows.labels[train], rows.copies[train]
+    _, first, unit = np.unique(copies, return_index=True, return_inverse=True)
     unit_labels = labels[first]
     is_shared = np.zeros(len(first), dtype=np.bool_)
     is_shared[unit[labels != unit_labels[unit]]] = True
     num_units = np.bincount(unit_labels[~is_shared], minlength=len(rows.class_names))
-    is_dealt = (~is_shared & (num_units[unit_labels] > 1))[unit]
-    parts = np.full(len(train), -1)
-    parts[is_dealt] = deal_units(labels[is_dealt], groups[is_dealt], num_folds, seed)
-    folds = [Fold(train[parts != part], train[parts == part]) for part in range(num_folds)]
-    return Folds(tuple(fold for fold in folds if len(fold.val)), np.flatnonzero(num_units > 1))
+    if rows.groups is not None:
+        parts = deal_groups(labels, rows.groups[train], [1 / num_folds] * num_folds, seed)
+        can_validate = ~is_shared[unit]
+    else:
+        can_validate = (~is_shared & (num_units[unit_labels] > 1))[unit]
+        parts = np.full(len(train), -1)
+        parts[can_validate] = deal_units(labels[can_validate], copies[can_validate], num_folds, seed)
+    folds = [Fold(train[parts != part], train[(parts == part) & can_validate]) for part in range(num_folds)]
+    return Folds(tuple(fold for fold in folds if len(fold.val)), np.unique(labels[(parts >= 0) & can_validate]))
 
 
 def deal_units(labels: Rows, groups: Rows, num_parts: int, seed: int) -> Rows:

@@ -30,6 +30,7 @@ from imbvlm.data.manifest_schema import (
     conform,
     content_groups,
     is_utf8,
+    joined_groups,
     metadata_findings,
     missing_columns,
     name_findings,
@@ -63,11 +64,16 @@ class ManifestError(ImbvlmError):
 
 @dataclass(frozen=True)
 class LabelRows:
-    """Labels (N,), official splits and groups of identical images of a manifest: all that a trial reads of it."""
+    """Labels (N,), official splits and groups of a manifest: all that a trial reads of it.
+
+    Rows with the same number in `copies` are identical images. `groups` are what no split divides, such as cameras,
+    joined where they have copies of an image; None where the manifest has no groups.
+    """
 
     labels: npt.NDArray[np.int64]
     split_codes: npt.NDArray[np.int8]
-    groups: Rows
+    copies: Rows
+    groups: Rows | None
     class_names: tuple[str, ...]
     split_counts: npt.NDArray[np.int64]
 
@@ -78,7 +84,7 @@ class LabelRows:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Rows (uri or bytes, label, split, content) with class names; rows keep their order everywhere."""
+    """Rows (uri or bytes, label, split, content, group) with class names; rows keep their order everywhere."""
 
     table: pa.Table
     class_names: tuple[str, ...]
@@ -161,7 +167,8 @@ class Manifest:
             "named": self.named,
             "labeled_by_name": self.labeled_by_name,
         }
-        table = relative_uris(self.table, path).replace_schema_metadata(
+        rows = self.table if self.has_groups else self.table.drop_columns(["group"])
+        table = relative_uris(rows, path).replace_schema_metadata(
             {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
         )
         sink = pa.BufferOutputStream()
@@ -186,6 +193,11 @@ class Manifest:
         return np.flatnonzero(self._codes == SPLITS.index(split))
 
     @property
+    def has_groups(self) -> bool:
+        """Whether rows have groups, which no split divides."""
+        return self.table.column("group").null_count < len(self)
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The official splits that have rows."""
         return tuple(split for split in SPLITS if len(self.rows_of(split)))
@@ -208,8 +220,8 @@ class Manifest:
 
     def label_rows(self) -> LabelRows:
         """The part of the manifest that trials read."""
-        groups = content_groups(self.table)
-        return LabelRows(self.labels, self._codes, groups, self.class_names, self._official_counts())
+        copies, groups = content_groups(self.table), joined_groups(self.table)
+        return LabelRows(self.labels, self._codes, copies, groups, self.class_names, self._official_counts())
 
     def row_fingerprint(self, split: str) -> str:
         """Hex digest of a split's images: bytes, or uri with a local file's size and modification time."""
@@ -234,7 +246,7 @@ class Manifest:
 def label_rows(source: str) -> LabelRows:
     """Read only the part of a manifest that trials read; it was checked when the sweep began."""
     path = _resolve(source)
-    table = _read_parquet(path, ["uri", "label", "split", "content"])
+    table = _read_parquet(path, ["uri", "label", "split", "content", "group"])
     metadata = _metadata(table.schema, source)
     counts = None if metadata.split_counts is None else tuple(metadata.split_counts)
     return Manifest(table, tuple(metadata.class_names), metadata.name or source, counts).label_rows()

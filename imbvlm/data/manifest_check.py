@@ -19,6 +19,7 @@ from imbvlm.base.errors import printable
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.duplicate_files import duplicate_digests
 from imbvlm.data.files.file_listing import file_sizes
+from imbvlm.data.groups import summarize_groups
 from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
@@ -105,6 +106,7 @@ def check_manifest(
         *_same_uri(manifest),
         *_same_content(manifest),
         *_names(manifest, truncated),
+        *_groups(manifest),
         *_splits(manifest, split_seed),
         *_power(manifest, split_seed),
         *(_undecodable(manifest) if decode_all else ()),
@@ -189,6 +191,28 @@ def _names(manifest: Manifest, truncated: Callable[[Sequence[str]], Sequence[str
         yield Finding("note", "the source's class ids are mapped; the manifest has the map, and so will a model")
 
 
+def _groups(manifest: Manifest) -> Iterator[Finding]:
+    groups = summarize_groups(manifest)
+    if groups is None:
+        return
+    split, single = groups.in_several_splits, groups.single_group_classes
+    if split:
+        number = pluralize(len(split), "group")
+        yield Finding("warning", f"{number} on both sides of a split, which then doesn't score unseen groups", split)
+    if groups.joined:
+        sets = pluralize(len(groups.joined), "set")
+        yield Finding("note", f"{sets} of groups that share an image, each dealt as one group", groups.joined)
+    if groups.num_without:
+        yield Finding("note", f"{pluralize(groups.num_without, 'image')} without a group, each a group of its own")
+    yield Finding("note", "intervals take images as independent, and are too narrow where those of a group are alike")
+    if max(groups.sizes.values()) == 1:
+        yield Finding("warning", "every group has a single image, so that groups keep nothing together")
+    if len(single):
+        names = tuple(manifest.class_names[label] for label in single)
+        what = f"{pluralize(len(single), 'class')} in a single group, which stays in training whole and scores nothing"
+        yield Finding("note", what, names)
+
+
 def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     stats, names = manifest.class_stats(), manifest.class_names
     if len(stats.zero_train):
@@ -216,14 +240,17 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
         )
     is_official, num_folds = "val" in manifest.splits, resolve_folds(None, manifest, split_seed)
     lost = _absent(manifest, validation_rows(manifest, split_seed, num_folds))
+    units = "groups" if manifest.has_groups else "training images"
     if len(lost) == len(names):
         message = (
-            "no class has a validation image, so that nothing can be selected: only classes of 2 or more training "
-            "images have images that a model hasn't seen; give more, or a validation split"
+            f"no class has a validation image, so that nothing can be selected: only classes of 2 or more {units} have "
+            "images that a model hasn't seen; give more, or a validation split"
         )
         yield Finding("error", message)
     elif lost:
         held_out = "held out from training (fewer than 5 images)" if num_folds == 1 else "over folds (a single image)"
+        if manifest.has_groups:
+            held_out = "over folds (a single group, or only in groups that stay in training)"
         kind = "the validation split" if is_official else f"validation {held_out}"
         yield Finding("warning" if is_official else "note", f"{pluralize(len(lost), 'class')} absent from {kind}", lost)
 

@@ -20,7 +20,7 @@ Rows = npt.NDArray[np.int64]
 
 SPLITS = ("train", "val", "test")
 # `content` is the digest of embedded bytes, and of files that were copies of each other when the manifest was built:
-# trials keep identical images together without reading them.
+# trials keep identical images together without reading them. `group` is what no split divides, such as a camera.
 SCHEMA = pa.schema(
     [
         ("uri", pa.large_string()),
@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("label", pa.int32()),
         ("split", pa.dictionary(pa.int8(), pa.string())),
         ("content", pa.binary(16)),
+        ("group", pa.large_string()),
     ]
 )
 _ABSOLUTE = rf"^(/|~|{storage.SCHEMED})"
@@ -162,6 +163,30 @@ def content_groups(table: pa.Table) -> Rows:
     return np.where(has_digest, contents, uris + contents.max() + 1)
 
 
+def joined_groups(table: pa.Table) -> Rows | None:
+    """A number per row (N,), equal for rows of one group; groups with copies of an image are joined.
+
+    A row without a group goes with its copies. None where no row has a group.
+    """
+    if "group" not in table.column_names or table.column("group").null_count == table.num_rows:
+        return None
+    named = table.column("group")
+    copies, groups = content_groups(table), _ids(named)
+    groups = np.where(named.is_valid().to_numpy(), groups, copies + groups.max() + 1)
+    while True:
+        joined = _lowest(_lowest(groups, copies), groups)
+        if np.array_equal(joined, groups):
+            return groups
+        groups = joined
+
+
+def _lowest(values: Rows, ids: Rows) -> Rows:
+    """The lowest value (N,) among the rows with the same id."""
+    lowest = np.full(ids.max(initial=0) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(lowest, ids, values)
+    return lowest[ids]
+
+
 def _ids(values: pa.ChunkedArray) -> Rows:
     encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
     if isinstance(encoded, pa.ChunkedArray):
@@ -182,7 +207,15 @@ def missing_columns(table: pa.Table) -> list[str]:
         findings.append("columns 'uri' and 'bytes' are both missing; a row needs one of them")
     if "label" in columns and not pa.types.is_integer(table.schema.field("label").type):
         findings.append(f"labels must be whole numbers, and are {table.schema.field('label').type}")
+    if "group" in columns and not _is_text(table.schema.field("group").type):
+        findings.append(f"groups must be text or whole numbers, and are {table.schema.field('group').type}")
     return findings
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
+    return any(is_kind(plain) for is_kind in kinds)
 
 
 def name_findings(class_names: Sequence[str]) -> tuple[list[str], list[str]]:

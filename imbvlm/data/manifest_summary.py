@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 
 from imbvlm.base import storage
 from imbvlm.base.errors import printable
-from imbvlm.base.formatting import pluralize, size_text
+from imbvlm.base.formatting import join_limited, pluralize, size_text
 from imbvlm.data.files.byte_ranges import RANGE_MARK, parse_range
 from imbvlm.data.files.file_listing import file_sizes
+from imbvlm.data.groups import summarize_groups
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.split_power import resolve_folds, split_powers, validation_rows
 from imbvlm.data.splits import classes_without_validation
@@ -32,7 +33,8 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
         *_power_lines(manifest, split_seed),
         f"imbalance factor  {stats.imbalance_factor:,.1f} ({int(stats.counts.max()):,} to "
         f"{int(stats.counts[stats.counts > 0].min()):,} training images a class)",
-        *_group_lines(stats),
+        *_shot_group_lines(stats),
+        *_group_lines(manifest),
         f"bytes             {_size_text(manifest)}",
         f"largest classes   {_examples(manifest, stats, -1, num_examples)}",
         f"smallest classes  {_examples(manifest, stats, 1, num_examples)}",
@@ -64,6 +66,20 @@ def summary_dict(manifest: Manifest, *, split_seed: int = 0) -> dict[str, Any]:
             for split, power in split_powers(manifest, split_seed).items()
         },
         "notes": [*manifest.notes, *manifest.warnings],
+        **_groups_dict(manifest),
+    }
+
+
+def _groups_dict(manifest: Manifest) -> dict[str, Any]:
+    groups = summarize_groups(manifest)
+    if groups is None:
+        return {}
+    return {
+        "groups": {
+            "images": groups.sizes,
+            "in_several_splits": list(groups.in_several_splits),
+            "single_group_classes": [manifest.class_names[label] for label in groups.single_group_classes],
+        }
     }
 
 
@@ -110,7 +126,21 @@ def _power_lines(manifest: Manifest, split_seed: int) -> list[str]:
     return lines
 
 
-def _group_lines(stats: ClassStats) -> list[str]:
+def _group_lines(manifest: Manifest) -> list[str]:
+    groups = summarize_groups(manifest)
+    if groups is None:
+        return []
+    sizes = groups.sizes.values()
+    lines = [f"{'groups':17} {len(sizes):,} of {min(sizes):,} to {max(sizes):,} images"]
+    if groups.in_several_splits:
+        number, names = len(groups.in_several_splits), join_limited(groups.in_several_splits, 5)
+        lines.append(f"{'':17} {number:,} on both sides of a split: {names}")
+    if len(groups.single_group_classes):
+        lines.append(f"{'':17} {pluralize(len(groups.single_group_classes), 'class')} in a single group")
+    return lines
+
+
+def _shot_group_lines(stats: ClassStats) -> list[str]:
     groups = stats.shot_groups.items()
     return [f"{group:17} {pluralize(len(labels), 'class')}" for group, labels in groups if len(labels)]
 

@@ -73,12 +73,15 @@ class SplitPower:
 def resolve_folds(num_folds: int | None, manifest: Manifest, split_seed: int) -> int:
     """The folds that score trials on stored features; 1 where official or held-out validation images do.
 
-    None stands for NUM_FOLDS where images held out from training would decide too little.
+    None stands for NUM_FOLDS where images held out from training would decide too little, or have groups: rows of a
+    few groups decide less than their number says.
     """
     if len(manifest.rows_of("val")):
         return 1
     if num_folds is not None:
         return num_folds
+    if manifest.has_groups:
+        return NUM_FOLDS
     held_out = manifest.labels[train_val_rows(manifest, split_seed)[1]]
     is_enough = len(held_out) > 0 and not split_power(held_out, manifest.class_stats()).calls_for_folds
     return 1 if is_enough else NUM_FOLDS

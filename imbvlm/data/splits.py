@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.base.formatting import pluralize
+from imbvlm.data.groups import deal_groups
 from imbvlm.data.manifest import LabelRows, Manifest, ManifestError
-from imbvlm.data.manifest_schema import SPLITS, Rows, seeded, with_column
+from imbvlm.data.manifest_schema import SPLITS, Rows, seeded, split_codes, with_column
 
 # Validation images of a class with n training images, from MIN_CLASS_SIZE on: min(MAX_VALIDATION, n // MIN_CLASS_SIZE)
 # (docs/protocol.md, Splits, counts, selection).
@@ -23,8 +26,9 @@ def hold_out_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> M
     """Make `share` of each class's training rows test rows: at least one of two, none of a class's only one.
 
     `seed` selects the rows. Identical images stay on one side; for files `mark_duplicates` must have compared them.
-    Counts are those of the remaining training rows. Raises ImbvlmError for a share outside (0, 1), ManifestError for a
-    manifest with test rows.
+    Groups stay whole, validation rows as well, and every class keeps a group; the share is met as closely as they
+    allow. Counts are those of the remaining training rows. Raises ImbvlmError for a share outside (0, 1), ManifestError
+    for a manifest with test rows, or whose groups can't be divided so.
     """
     if not 0 < share < 1:
         raise ImbvlmError(f"the test share must be between 0 and 1, got {share:g}. Give a part of each class's images.")
@@ -34,12 +38,50 @@ def hold_out_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> M
             manifest.name, [f"it has a test split of {pluralize(num_existing, 'image')}. Leave --test-share out."]
         )
     rows = manifest.label_rows()
-    counts = np.bincount(rows.labels[rows.rows_of("train")], minlength=len(manifest.class_names))
-    quota = np.where(counts > 1, np.clip(np.rint(share * counts), 1, counts - 1), 0).astype(np.int64)
-    codes = rows.split_codes.copy()
-    codes[draw_rows(rows, quota, seed)] = SPLITS.index("test")
-    column = pa.array([SPLITS[code] for code in codes], manifest.table.schema.field("split").type)
-    note = f"test split: {100 * share:g} % of each class's images, held out with seed {seed}"
+    train = rows.rows_of("train")
+    if rows.groups is None:
+        counts = np.bincount(rows.labels[train], minlength=len(manifest.class_names))
+        quota = np.where(counts > 1, np.clip(np.rint(share * counts), 1, counts - 1), 0).astype(np.int64)
+        is_test = np.isin(np.arange(len(manifest)), draw_rows(rows, quota, seed))
+        note = f"test split: {100 * share:g} % of each class's images, held out with seed {seed}"
+        return _with_test(manifest, is_test, note)
+    parts = deal_groups(rows.labels[train], rows.groups[train], [share], seed)
+    is_test = np.isin(rows.groups, rows.groups[train[parts == 0]])
+    if not is_test.any():
+        raise ManifestError(
+            manifest.name,
+            [
+                f"no group can be held out as {100 * share:g} % of the images: each is larger, or holds all images of "
+                "a class. Give a larger share, or choose the groups by --test-groups."
+            ],
+        )
+    percent = f"{100 * is_test.mean():.0f} % of the images"
+    return _with_test(manifest, is_test, f"test split: whole groups with {percent}, held out with seed {seed}")
+
+
+def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
+    """Make exactly the rows of these groups the test split; test rows of other groups become training rows.
+
+    Raises ImbvlmError for a name that is no group, ManifestError where no training rows are left.
+    """
+    groups = manifest.table.column("group")
+    existing = groups.unique().drop_null().to_pylist()
+    for name in names:
+        if name not in existing:
+            raise ImbvlmError(f"--test-groups takes names of groups, got {name!r}; {suggest_name(name, existing)}")
+    is_test = pc.is_in(groups, value_set=pa.array(names, groups.type)).to_numpy()
+    number, percent = pluralize(len(set(names)), "group"), f"{100 * is_test.mean():.0f} % of the images"
+    if not (~is_test & (split_codes(manifest.table.column("split")) != SPLITS.index("val"))).any():
+        raise ManifestError(manifest.name, ["--test-groups leaves no training image. Leave a group out of it."])
+    return _with_test(manifest, is_test, f"test split: {number} by --test-groups, {percent}")
+
+
+def _with_test(manifest: Manifest, is_test: npt.NDArray[np.bool_], note: str) -> Manifest:
+    """The manifest with these rows as its test split, and with its former test rows as training rows."""
+    splits = split_codes(manifest.table.column("split"))
+    splits[splits == SPLITS.index("test")] = SPLITS.index("train")
+    splits[is_test] = SPLITS.index("test")
+    column = pa.array([SPLITS[code] for code in splits], manifest.table.schema.field("split").type)
     return replace(
         manifest, table=with_column(manifest.table, "split", column), split_counts=None, notes=(*manifest.notes, note)
     )
@@ -55,10 +97,19 @@ def train_val_rows(manifest: Manifest, seed: int) -> tuple[Rows, Rows]:
 
 
 def carve_validation(rows: LabelRows, seed: int) -> Rows:
-    """Manifest row numbers to hold out from training as validation; empty for a manifest with validation rows."""
+    """Manifest row numbers to hold out from training as validation; empty for a manifest with validation rows.
+
+    Of groups, it is whole ones with about 1 / MIN_CLASS_SIZE of the rows.
+    """
+    train = rows.rows_of("train")
     if len(rows.rows_of("val")):
         return np.empty(0, dtype=np.int64)
-    counts = np.bincount(rows.labels[rows.rows_of("train")], minlength=len(rows.class_names))
+    if rows.groups is not None:
+        shares = [1 / MIN_CLASS_SIZE] * MIN_CLASS_SIZE
+        parts = deal_groups(rows.labels[train], rows.groups[train], shares, seed)
+        sizes = np.bincount(parts[parts >= 0], minlength=1)
+        return train[parts == np.abs(sizes - len(train) / MIN_CLASS_SIZE).argmin()]
+    counts = np.bincount(rows.labels[train], minlength=len(rows.class_names))
     quota = np.where(counts >= MIN_CLASS_SIZE, np.minimum(MAX_VALIDATION, counts // MIN_CLASS_SIZE), 0)
     return draw_rows(rows, quota, seed)
 
@@ -66,11 +117,11 @@ def carve_validation(rows: LabelRows, seed: int) -> Rows:
 def draw_rows(rows: LabelRows, quota: npt.NDArray[np.int64], seed: int) -> Rows:
     """Manifest row numbers of `quota` (C,) random training images of each class, or fewer.
 
-    Takes whole groups of identical images, and none that several classes share.
+    Takes all copies of an image or none, and none that several classes share.
     """
     train = rows.rows_of("train")
     labels = rows.labels[train]
-    _, group, size = np.unique(rows.groups[train], return_inverse=True, return_counts=True)
+    _, group, size = np.unique(rows.copies[train], return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")
     first = np.concatenate([[0], np.cumsum(size)[:-1]]) if len(size) else np.empty(0, dtype=np.int64)
     grouped_labels = labels[order]

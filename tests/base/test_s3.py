@@ -101,8 +101,8 @@ def test_files_are_found_by_their_escapes_and_copies_by_their_content(s3: S3Serv
     found = mark_duplicates(made)
     assert f"1 file of 4 missing: {uris[3]}" in str(check_manifest(found))
     assert "1 image with the same content more than once in one split" in str(check_manifest(found))
-    groups = found.label_rows().groups.tolist()
-    assert (groups[0] == groups[1], len(set(groups))) == (True, 3)
+    copies = found.label_rows().copies.tolist()
+    assert (copies[0] == copies[1], len(set(copies))) == (True, 3)
 
 
 def test_a_part_of_an_object_is_read_alone(s3: S3Server) -> None:

@@ -49,7 +49,7 @@ class Pool:
     info: EncoderInfo
     features: Tensor
     labels: Array
-    groups: Array
+    copies: Array
 
     @property
     def num_classes(self) -> int:
@@ -93,7 +93,7 @@ def read_pool(name: str, size: int, folder: Path) -> Pool:
     features = l2_normalize(torch.cat(parts))
     axes = torch.linalg.eigh(features.double().T @ features.double())[1][:, -NUM_AXES:].float()
     info = replace(stored.info, pooled_width=NUM_AXES)
-    return Pool(info, features @ axes, manifest.labels[all_rows], manifest.label_rows().groups[all_rows])
+    return Pool(info, features @ axes, manifest.labels[all_rows], manifest.label_rows().copies[all_rows])
 
 
 # The emoji are long-tailed as they are. Half of each class is a folder like many; with 13 % the median class has three
@@ -132,11 +132,12 @@ def draw(plan: Plan, pool: Pool, seed: int) -> Sample:
     rows = LabelRows(
         labels=labels,
         split_codes=np.full(len(train), SPLITS.index("train"), dtype=np.int8),
-        groups=pool.groups[train],
+        copies=pool.copies[train],
+        groups=None,
         class_names=tuple(str(label) for label in range(pool.num_classes)),
         split_counts=np.bincount(labels, minlength=pool.num_classes),
     )
-    return Sample(train, np.flatnonzero(~np.isin(pool.groups, pool.groups[train])), rows)
+    return Sample(train, np.flatnonzero(~np.isin(pool.copies, pool.copies[train])), rows)
 
 
 # -------------------------------------------------------------------------------------------------------- heads

@@ -18,13 +18,19 @@ from imbvlm.data.manifest_schema import SPLITS
 COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=20)
 
 
-def label_rows(labels: Sequence[int], groups: Sequence[int] | None = None, split: str = "train") -> LabelRows:
+def label_rows(
+    labels: Sequence[int],
+    copies: Sequence[int] | None = None,
+    split: str = "train",
+    groups: Sequence[int] | None = None,
+) -> LabelRows:
     array = np.array(labels, dtype=np.int64)
     num_classes = int(array.max(initial=0)) + 1
     return LabelRows(
         labels=array,
         split_codes=np.full(len(array), SPLITS.index(split), dtype=np.int8),
-        groups=np.arange(len(array)) if groups is None else np.array(groups, dtype=np.int64),
+        copies=np.arange(len(array)) if copies is None else np.array(copies, dtype=np.int64),
+        groups=None if groups is None else np.array(groups, dtype=np.int64),
         class_names=tuple(f"class {label}" for label in range(num_classes)),
         split_counts=np.bincount(array, minlength=num_classes),
     )
@@ -70,15 +76,15 @@ def test_folds_have_equal_shares_of_each_class_and_of_all(counts: list[int], num
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=40), st.integers(2, 6))
 def test_copies_stay_together_whatever_their_classes(pairs: list[tuple[int, int]], num_folds: int) -> None:
-    labels, groups = [label for label, _ in pairs], [group for _, group in pairs]
-    rows = label_rows(labels, groups)
+    labels, copies = [label for label, _ in pairs], [image for _, image in pairs]
+    rows = label_rows(labels, copies)
     folds = deal_folds(rows, num_folds, 0)
-    of_group = {group: {label for label, other in pairs if other == group} for group in groups}
+    of_group = {image: {label for label, other in pairs if other == image} for image in copies}
     own = [next(iter(classes)) for classes in of_group.values() if len(classes) == 1]
     large = {label for label in own if own.count(label) > 1}
     assert set(folds.validated.tolist()) == large
     for fold in folds.folds:
-        assert {groups[row] for row in fold.train}.isdisjoint({groups[row] for row in fold.val})
+        assert {copies[row] for row in fold.train}.isdisjoint({copies[row] for row in fold.val})
     # Copies with two labels say nothing about a model, and a class of copies of one image can't be validated.
     expected = [row for row, (_, group) in enumerate(pairs) if len(of_group[group]) == 1 and of_group[group] <= large]
     assert sorted(folds.val_rows.tolist()) == expected

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +107,16 @@ def decoded_pixels(data: bytes) -> int:
             return image.width * image.height
     except DECODER_ERRORS as error:
         raise ImageError(_reason(error, data)) from None
+
+
+def exif_fields(data: bytes) -> dict[int, Any]:
+    """An image file's EXIF fields by their numbers (`PIL.ExifTags.Base`); none where they can't be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            exif = image.getexif()
+            return {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+    except DECODER_ERRORS:
+        return {}
 
 
 def _open(data: bytes, max_pixels: int, min_side: int | None) -> Image.Image:

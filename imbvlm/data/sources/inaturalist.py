@@ -49,12 +49,14 @@ def from_inaturalist(
     categories: str | None = None,
     rank: str = "species",
     names: str = "scientific",
+    group_by: str | None = None,
 ) -> Manifest:
     """Build a manifest from an annotation file for each split; images lie below `root` at their `file_name`.
 
     `categories` is the file with the names and ranks of the numbers in the annotations of 2018 and 2019. Without names
     the classes have their ids, and the manifest is marked as unnamed. `rank` joins species into a higher class; `names`
-    is `scientific` or `common`. Raises ManifestError, StorageError.
+    is `scientific` or `common`; `group_by` is the images' field with their group, such as `location` in camera traps.
+    Raises ManifestError, StorageError.
     """
     if rank not in RANKS:
         raise ManifestError(name, [f"rank {rank!r} is not known; {suggest_name(rank, RANKS)}"])
@@ -70,7 +72,7 @@ def from_inaturalist(
     listed = _load_json(categories) if categories else next(filter(_has_categories, files.values()))
     taxa = _entries(listed if isinstance(listed, dict) else {"categories": listed}, "categories", where)
     label_of, class_names = _classes(taxa, rank, names, where)
-    read = {split: _rows(file, split, root, label_of, annotations[split]) for split, file in files.items()}
+    read = {split: _rows(file, split, root, label_of, annotations[split], group_by) for split, file in files.items()}
     parts = [table for table, _ in read.values()]
     notes = [
         f"{pluralize(number, 'annotation')} of {annotations[split]} left out: the file lists no image of that id"
@@ -145,7 +147,7 @@ def _name(taxon: Mapping[str, Any], names: str) -> str:
 
 
 def _rows(
-    file: Mapping[str, Any], split: str, root: str, label_of: Mapping[int, int], source: str
+    file: Mapping[str, Any], split: str, root: str, label_of: Mapping[int, int], source: str, group_by: str | None
 ) -> tuple[pa.Table, int]:
     """Rows of a file's images, and the number of its annotations without an image."""
     images = _entries(file, "images", source)
@@ -156,6 +158,11 @@ def _rows(
     unlabeled = [str(image["file_name"]) for image in images if image["id"] not in category_of]
     if unlabeled:
         raise ManifestError(source, [f"{len(unlabeled)} images have no annotation, such as {unlabeled[0]}"])
+    if group_by is not None and not any(group_by in image for image in images):
+        fields = sorted({field for image in images[:100] for field in image})
+        problem = f"its images have no field {group_by!r} for groups; {suggest_name(group_by, fields)}"
+        raise ManifestError(source, [problem])
+    groups = [None if group_by is None else image.get(group_by) for image in images]
     # The manifest's own check reports the rows with an unknown category, which is label -1.
     labels = [label_of.get(category_of[image["id"]], -1) for image in images]
     folder = storage.absolute(root)
@@ -164,6 +171,7 @@ def _rows(
             "uri": [f"{folder}/{image['file_name']}" for image in images],
             "label": pa.array(labels, pa.int32()),
             "split": [split] * len(images),
+            "group": pa.array([None if group is None else str(group) for group in groups], pa.large_string()),
         }
     )
     return table, len(category_of.keys() - {image["id"] for image in images})

@@ -36,6 +36,7 @@ def assemble(
     *,
     uris: Sequence[str | None] | None = None,
     data: Sequence[bytes | None] | None = None,
+    groups: Sequence[str | None] | None = None,
     class_names: Sequence[str] | None = None,
     own_names: Sequence[str] | None = None,
     folder_names: Mapping[int, str] | None = None,
@@ -49,7 +50,7 @@ def assemble(
     are mapped to 0, 1, 2, ..., and the manifest keeps the map. Ids outside `class_names` are names if the list has all
     of them. Raises ManifestError with every finding.
     """
-    columns = {"uri": uris, "bytes": None if data is None else pa.array(data, pa.large_binary())}
+    columns = {"uri": uris, "bytes": None if data is None else pa.array(data, pa.large_binary()), "group": groups}
     names_given = class_names if class_names is not None else own_names
     numbered = _number(labels, names_given, folder_names or {})
     is_named = names_given is not None or numbered.are_names or bool(folder_names)

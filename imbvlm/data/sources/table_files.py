@@ -27,7 +27,7 @@ from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_schema import metadata_findings, type_findings
 from imbvlm.data.sources.manifest_builder import assemble, below_root, folders_of, split_of_file
 
-# Usual names of each column, the most likely first.
+# Usual names of each column, the most likely first; groups are read only where they are asked for.
 COLUMNS: Mapping[str, Sequence[str]] = {
     "uri": ("uri", "path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image", "img"),
     "label": ("label", "labels", "class_id", "category_id", "class", "category", "target", "class_name", "fine_label"),
@@ -58,9 +58,10 @@ def from_table(
 ) -> Manifest:
     """Build a manifest from one or several tables; relative paths in them are below `root`.
 
-    `columns` names the table's columns for uri, label, split and bytes if they don't have their usual names. Without a
-    split column the split is in the files' names; the default is training. Embedded images stay in the manifest while
-    they are small, and else go to pack files `<pack_prefix>-00000.pack`. Raises ManifestError.
+    `columns` names the table's columns for uri, label, split and bytes if they don't have their usual names, and the
+    column of groups if there is one. Without a split column the split is in the files' names; the default is training.
+    Embedded images stay in the manifest while they are small, and else go to pack files `<pack_prefix>-00000.pack`.
+    Raises ManifestError.
     """
     root = storage.absolute(root)
     rows = _Rows(name, ContainerWriter(pack_prefix, MAX_EMBEDDED_BYTES), reads_names=class_names is None)
@@ -80,6 +81,7 @@ def from_table(
         rows.splits,
         uris=rows.pack.located(uris),
         data=rows.pack.embedded,
+        groups=rows.groups,
         class_names=class_names,
         own_names=rows.class_names,
         folder_names=folders,
@@ -97,6 +99,7 @@ class _Rows:
         # In the types of each part of a table: only all of them show whether labels are ids or names.
         self.labels: list[pa.ChunkedArray] = []
         self.splits: list[str] = []
+        self.groups: list[str | None] | None = None
         self.notes: list[str] = []
         self.class_names: list[str] | None = None
 
@@ -106,7 +109,7 @@ class _Rows:
             self.class_names = _hub_class_names(table.schema, names["label"], path)
         problems = _empty_findings(table, [names[kind] for kind in ("label", "split") if kind in names])
         if path.lower().endswith((".csv", ".tsv")):
-            texts = [names[kind] for kind in ("uri", "label", "split") if kind in names]
+            texts = [names[kind] for kind in ("uri", "label", "split", "group") if kind in names]
             problems += _line_break_findings(table, texts)
         if problems:
             raise ManifestError(path, problems)
@@ -116,6 +119,8 @@ class _Rows:
             self.splits += _texts(table, names["split"], path).to_pylist()
         else:
             self._split_by_file(path, table.num_rows)
+        if "group" in names:
+            self.groups = [*(self.groups or ()), *_texts(table, names["group"], path).to_pylist()]
         uris, data = _images(table, names, path)
         self.uris += uris
         self.pack.add(data if data is not None else [None] * table.num_rows)

@@ -167,7 +167,7 @@ def _written(folder: str) -> dict[str, Any] | None:
 
 def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if before["data"] != now["data"]:
-        return ["the manifest's rows, labels or splits have changed"]
+        return ["the manifest's rows, labels, splits or groups have changed"]
     # The first versions did not write this digest.
     is_same = before.get("files", now["files"]) == now["files"]
     return [] if is_same else ["image files are gone, or have changed in size"]
@@ -182,13 +182,18 @@ def _of_data(manifest: Manifest) -> dict[str, str]:
 
 
 def _data_digest(manifest: Manifest) -> str:
-    """A digest that moving images does not change: of labels, splits, class names and, if known, contents."""
+    """A digest that moving images does not change: of labels, splits, class names and, where there are any, contents.
+
+    Groups belong to it where there are any, since folds follow them.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(list(manifest.class_names)).encode())
     digest.update(np.ascontiguousarray(manifest.labels).tobytes())
     for split in manifest.splits:
         digest.update(f"{split} ".encode() + np.ascontiguousarray(manifest.rows_of(split)).tobytes())
     digest.update(b"".join(content or b"-" for content in manifest.table.column("content").to_pylist()))
+    if manifest.has_groups:
+        digest.update(json.dumps(manifest.table.column("group").to_pylist()).encode())
     return digest.hexdigest()
 
 

@@ -287,7 +287,7 @@ def searched_sweep(home: Path, problem: TinyImages, manifest: str | None = None,
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ("data", "can't be retrained: the manifest's rows, labels or splits have changed since the sweep began"),
+        ("data", "can't be retrained: the manifest's rows, labels, splits or groups have changed since the sweep"),
         ("encoder", "the weights of the encoder .* are not those that the sweep began with"),
     ],
 )

@@ -124,7 +124,7 @@ def test_changed_code_torch_and_data_are_named(
         "imbvlm/longtail/losses.py has changed",
         "imbvlm/longtail/metrics.py is gone",
         f"torch was {found['torch']} and is 1.0",
-        "the manifest's rows, labels or splits have changed",
+        "the manifest's rows, labels, splits or groups have changed",
     ]
     (tmp_path / "package" / "longtail").mkdir(parents=True)
     (tmp_path / "package" / "longtail/losses.py").write_text("")

@@ -1,0 +1,102 @@
+"""Gives each image its group: from a column, out of its path by a regular expression, or from its EXIF data."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+from PIL import ExifTags
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError, suggest_name
+from imbvlm.base.formatting import pluralize
+from imbvlm.data.images.decoding import ImageError, exif_fields, fetch
+from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest_schema import SCHEMA, with_column
+
+_EXIF = "exif:"
+_THREADS = 16
+
+
+def _serial(fields: Mapping[int, Any]) -> str:
+    return str(fields.get(ExifTags.Base.BodySerialNumber, "")).strip("\0 ")
+
+
+def _day(fields: Mapping[int, Any]) -> str:
+    match = re.match(r"(\d{4}):(\d\d):(\d\d)", str(fields.get(ExifTags.Base.DateTimeOriginal, "")))
+    return "-".join(match.groups()) if match and int(match[1]) else ""
+
+
+EXIF_FIELDS: Mapping[str, Callable[[Mapping[int, Any]], str]] = {"serial": _serial, "day": _day}
+
+
+def with_groups(manifest: Manifest, names: Sequence[str | None], option: str) -> Manifest:
+    """The manifest with a group for each row; a blank name is none, and the row then is a group of its own.
+
+    `option` is what the user wrote. Raises ImbvlmError where no row has a group, or all have the same.
+    """
+    groups = [name.strip() or None if name else None for name in names]
+    num_images = Counter(group for group in groups if group is not None)
+    if not num_images:
+        uri = next(filter(None, manifest.table.column("uri").to_pylist()), "without a path")
+        raise ImbvlmError(
+            f"{option} must name the groups of images, and names none of {pluralize(len(groups), 'image')}, such as "
+            f"{uri}. Give another column or expression."
+        )
+    if len(num_images) == 1:
+        raise ImbvlmError(
+            f"{option} must name two or more groups, and names only {next(iter(num_images))!r}. Give a column or "
+            "expression that tells groups apart."
+        )
+    num_without = len(groups) - num_images.total()
+    rest = f"; {pluralize(num_without, 'image')} without one, each a group of its own" if num_without else ""
+    note = f"{len(num_images):,} groups that no split divides, by {option}{rest}"
+    column = pa.array(groups, SCHEMA.field("group").type)
+    return replace(manifest, table=with_column(manifest.table, "group", column), notes=(*manifest.notes, note))
+
+
+def read_groups(manifest: Manifest, source: str, root: str) -> list[str | None]:
+    """The group of each row by `exif:serial`, `exif:day`, or a regular expression of paths below `root`.
+
+    A group's name is what the expression's parentheses capture, joined by slashes. Raises ImbvlmError for a wrong
+    source, StorageError where a store doesn't answer.
+    """
+    if source.startswith(_EXIF):
+        return _from_exif(manifest, source.removeprefix(_EXIF))
+    try:
+        pattern = re.compile(source)
+    except re.error as error:
+        raise ImbvlmError(
+            f"--group-from must be a regular expression, got {source!r} ({error}). Write one such as '(cam[0-9]+)/'."
+        ) from None
+    if not pattern.groups:
+        raise ImbvlmError(
+            f"--group-from must have parentheses around the group's name, got {source!r}. Write one such as "
+            "'(cam[0-9]+)/'."
+        )
+    folder = f"{storage.absolute(root).rstrip('/')}/"
+    matches = [pattern.search((uri or "").removeprefix(folder)) for uri in manifest.table.column("uri").to_pylist()]
+    return [match and "/".join(filter(None, match.groups())) for match in matches]
+
+
+def _from_exif(manifest: Manifest, field: str) -> list[str | None]:
+    if field not in EXIF_FIELDS:
+        raise ImbvlmError(
+            f"--group-from reads {' or '.join(_EXIF + name for name in EXIF_FIELDS)}, got '{_EXIF}{field}'; "
+            f"{suggest_name(field, EXIF_FIELDS)}"
+        )
+    uris, data = manifest.table.column("uri"), manifest.table.column("bytes")
+
+    def read(row: int) -> str:
+        try:
+            return EXIF_FIELDS[field](exif_fields(fetch(uris[row].as_py(), data[row].as_py())))
+        except ImageError:
+            return ""
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(read, range(len(manifest))))
