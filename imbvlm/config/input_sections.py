@@ -176,6 +176,14 @@ class PromptsConfig(Section):
     templates: Literal["plain", "imagenet"] | Annotated[tuple[str, ...], Field(strict=False)] = Field(
         "plain", description="plain: 'a photo of a {}.'; imagenet: open_clip's 80; or your own, each with one {}"
     )
+    texts: Annotated[str | None, ADDED_LATER] = Field(
+        None,
+        description="JSON file of sentences for classes, {class name: [sentences]} as CuPL's, in place of templates; "
+        "other classes keep the templates",
+    )
+    add_templates: Annotated[bool, ADDED_LATER] = Field(
+        False, description="average a class's texts together with the templates' sentences"
+    )
 
     @field_validator("templates")
     @classmethod
@@ -186,3 +194,10 @@ class PromptsConfig(Section):
         if wrong:
             raise ValueError(f"a template must have exactly one {{}}, for the class name, got {wrong[0]!r}.")
         return templates
+
+    @field_validator("add_templates")
+    @classmethod
+    def _adds_to_texts(cls, add_templates: bool, info: ValidationInfo) -> bool:
+        if add_templates and info.data.get("texts") is None:
+            raise ValueError("prompts.add_templates has no effect without prompts.texts, got true. Set prompts.texts.")
+        return add_templates

@@ -16,8 +16,15 @@ from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.models.encoders.class_texts import read_class_texts
 from imbvlm.models.encoders.encoder import Encoder, require_text
-from imbvlm.models.encoders.text_prompts import class_embeddings, templates_of, truncated_names
+from imbvlm.models.encoders.text_prompts import (
+    are_truncated,
+    class_embeddings,
+    class_sentences,
+    templates_of,
+    truncated_names,
+)
 
 _FOLDER = "class-embeddings"
 _CHECKSUM = "sha256"
@@ -28,24 +35,34 @@ def ensure_class_embeddings(
 ) -> str:
     """Path of a safetensors file with `class_embeddings` (C, E), written where it is missing or damaged.
 
-    Raises ImbvlmError for an image-only encoder, and where the text side is not available.
+    Raises ImbvlmError for an image-only encoder, where the text side is not available, and for wrong `prompts.texts`.
     """
-    text = require_text(encoder)
-    templates = templates_of(config.prompts or PromptsConfig())
-    key = {"tower": text.fingerprint(), "names": list(class_names), "templates": templates}
+    text, prompts = require_text(encoder), config.prompts or PromptsConfig()
+    templates = templates_of(prompts)
+    texts = read_class_texts(prompts.texts, class_names)
+    key: dict[str, object] = {"tower": text.fingerprint(), "names": list(class_names), "templates": templates}
+    if texts:
+        key |= {"texts": texts, "add_templates": prompts.add_templates}
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = storage.join(root, _FOLDER, f"{digest}.safetensors")
     if not _is_intact(path):
-        truncated = truncated_names(text, class_names, templates)
+        named = [name for name in class_names if prompts.add_templates or name not in texts]
+        truncated = truncated_names(text, named, templates)
         if truncated:
             shown = ", ".join(repr(name) for name in truncated[:3])
             report(f"{len(truncated)} class names are longer than the text tower reads, and are truncated: {shown}")
+        own = [sentence for sentences in texts.values() for sentence in sentences]
+        if num_long := sum(are_truncated(text, own)):
+            report(
+                f"{num_long:,} of {pluralize(len(own), 'text')} are longer than the text tower reads, and are truncated"
+            )
+        also = f"; {pluralize(len(own), 'text')} of {pluralize(len(texts), 'class')}" if texts else ""
         report(
-            f"text features: {pluralize(len(class_names), 'class name')}, {pluralize(len(templates), 'sentence')} each"
+            f"text features: {pluralize(len(named), 'class name')}, {pluralize(len(templates), 'sentence')} each{also}"
         )
         device = encoder.device
         encoder.to("cuda" if torch.cuda.is_available() else device)
-        tensor = class_embeddings(text, class_names, templates).contiguous()
+        tensor = class_embeddings(text, class_sentences(prompts, class_names, texts)).contiguous()
         encoder.to(device)
         checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         storage.write_bytes(path, safetensors.torch.save({"class_embeddings": tensor}, {_CHECKSUM: checksum}))

@@ -39,6 +39,8 @@ def without_paths(config: TrialConfig) -> TrialConfig:
         overrides["encoder.name"] = f"local-dir:{PurePosixPath(config.encoder.name).name}"
     if config.encoder.weights is not None:
         overrides["encoder.weights"] = PurePosixPath(config.encoder.weights).name
+    if config.prompts is not None and config.prompts.texts is not None:
+        overrides["prompts.texts"] = PurePosixPath(config.prompts.texts).name
     return config.with_overrides(overrides)
 
 

@@ -52,7 +52,7 @@ def _text_refusals(config: TrialConfig, name: str) -> Iterator[str]:
         )
     if config.prompts is not None and config.prompts != PromptsConfig():
         yield (
-            f"prompts.templates is set, and {name} is image-only: it has no text. Take the section prompts out, "
+            f"the section prompts is set, and {name} is image-only: it has no text. Take the section prompts out, "
             f"{or_text}."
         )
 

@@ -1,5 +1,6 @@
 """Extraction: what is missing is computed once, bad images are left out, what can't be held is refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -528,6 +529,25 @@ def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: st
     assert [line for line in said if line.startswith("text features") and line.endswith(" names, 1 sentence each")]
     other = config.with_overrides({"prompts.templates": ["a drawing of {}"]})
     assert extract(tmp_path, other, manifest)[0].class_embeddings != features.class_embeddings
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_texts_of_classes_are_encoded_anew_where_their_file_changes(tmp_path: Path, tower: str) -> None:
+    manifest, path, stored = make_data(tmp_path), tmp_path / "texts.json", []
+    name = manifest.class_names[0]
+    config = trial(tmp_path, tower).with_overrides({"prompts.texts": str(path)})
+    for sentences in (["a photo of a thing."], ["another.", "sentence " * 200]):
+        path.write_text(json.dumps({name: sentences}))
+        features, said = extract(tmp_path, config, manifest)
+        stored.append(load_file(features.class_embeddings)["class_embeddings"].clone())
+    assert any(line.startswith("1 of 2 texts are longer than the text tower reads") for line in said)
+    assert any(line.endswith("1 sentence each; 2 texts of 1 class") for line in said)
+    plain = load_file(extract(tmp_path, trial(tmp_path, tower), manifest)[0].class_embeddings)["class_embeddings"]
+    for tensor in stored:
+        assert [not torch.equal(row, other) for row, other in zip(tensor, plain, strict=True)] == [
+            index == 0 for index in range(len(plain))
+        ]
+    assert not torch.equal(*stored)
 
 
 SCRIPT = """

@@ -91,7 +91,7 @@ def build(encoder: Encoder, names: Sequence[str] = NAMES, seed: int = 0, **knobs
 def test_zero_learned_tokens_are_zero_shot(encoder: Encoder, position: str, per_class: bool) -> None:
     """Also for a name that is cut off, and one whose end makes one token with the full stop."""
     model = build(encoder, num_tokens=0, position=position, per_class=per_class).eval()
-    expected = class_embeddings(encoder.text, NAMES, ["{}."])
+    expected = class_embeddings(encoder.text, [[f"{name}."] for name in NAMES])
     torch.testing.assert_close(model.class_embeddings, expected, atol=1e-5, rtol=0)
     images = torch.randn(4, encoder.info.embedding_width)
     logits = encoder.info.logit_scale * torch.nn.functional.normalize(images, dim=-1) @ expected.T
@@ -113,7 +113,7 @@ def test_untouched_words_give_the_features_of_that_sentence(
     names = [name for name in NAMES[:5] if name != "bag (leather)"]  # its bracket is one token with the full stop
     model = build(encoder, names, init_words=words, position=position).eval()
     assert model.context.shape[0] == len(words.split())
-    expected = class_embeddings(encoder.text, names, [template])
+    expected = class_embeddings(encoder.text, [[template.replace("{}", name)] for name in names])
     torch.testing.assert_close(model.class_embeddings, expected, atol=1e-5, rtol=0)
 
 
@@ -293,7 +293,7 @@ def test_with_nothing_to_learn_it_trains_to_zero_shot(data: TrialData) -> None:
     results = list(run.epochs())
     assert len({result.metrics["val/balanced_accuracy"] for result in results}) == 1
     encoder = create_encoder(EncoderConfig(name=tiny_tower()[0]), EvalConfig())
-    expected = class_embeddings(encoder.text, data.class_names, ["{}."])
+    expected = class_embeddings(encoder.text, [[f"{name}."] for name in data.class_names])
     torch.testing.assert_close(run.model.class_embeddings, expected, atol=1e-5, rtol=0)
 
 

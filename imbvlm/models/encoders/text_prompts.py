@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -23,37 +24,53 @@ def templates_of(config: PromptsConfig) -> tuple[str, ...]:
     return TEMPLATES[config.templates] if isinstance(config.templates, str) else tuple(config.templates)
 
 
-def class_embeddings(text: TextEncoder, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Text features (C, E) in float32 on the CPU: normalized, averaged over the templates, normalized again.
+def class_sentences(
+    config: PromptsConfig, class_names: Sequence[str], texts: Mapping[str, list[str]]
+) -> Iterator[list[str]]:
+    """The sentences of each class: its own texts, and the templates' where it has none or both are asked for."""
+    templates = templates_of(config)
+    for name in class_names:
+        own = texts.get(name, [])
+        yield own + [_fill(template, name) for template in templates if config.add_templates or not own]
 
-    The transpose of open_clip's `build_zero_shot_classifier`; memory doesn't grow with the number of sentences.
+
+def class_embeddings(text: TextEncoder, sentences: Iterable[Sequence[str]]) -> Tensor:
+    """Text features (C, E) in float32 on the CPU of the sentences of each class.
+
+    They are normalized, averaged over the sentences and normalized again: the transpose of open_clip's
+    `build_zero_shot_classifier`. Memory doesn't grow with the number of sentences.
     """
-    at_once = max(1, TEXTS_AT_ONCE // len(templates))
     parts = []
-    for start in range(0, len(class_names), at_once):
-        names = class_names[start : start + at_once]
-        features = text.encode_text([_fill(template, name) for name in names for template in templates])
-        mean = features.reshape(len(names), len(templates), -1).mean(dim=1)
-        parts.append((mean / mean.norm(dim=1, keepdim=True)).cpu())
+    for number, classes in groupby(sentences, len):
+        at_once = max(1, TEXTS_AT_ONCE // number)
+        while batch := list(islice(classes, at_once)):
+            features = text.encode_text([sentence for own in batch for sentence in own])
+            mean = features.reshape(len(batch), number, -1).mean(dim=1)
+            parts.append((mean / mean.norm(dim=1, keepdim=True)).cpu())
     # Tensors made in inference mode can't take part in training, and clones can.
     return torch.cat(parts).clone()
 
 
 def truncated_names(tokenizer: TextTokenizer, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
     """Class names whose longest sentence doesn't fit in the text tower's context: it reads only their beginning."""
-    context = tokenizer.context_length
     # Long enough to show the tokens that would be truncated.
-    length = 4 * context
+    length = 4 * tokenizer.context_length
     padding = tokenizer.tokenize([""], length)[0, -1]
     lengths = (tokenizer.tokenize([_fill(template, "x") for template in templates], length) != padding).sum(dim=1)
     longest = templates[int(lengths.argmax())]
-    truncated: list[str] = []
-    for start in range(0, len(class_names), TEXTS_AT_ONCE):
-        names = class_names[start : start + TEXTS_AT_ONCE]
-        tokens = tokenizer.tokenize([_fill(longest, name) for name in names], length)
-        is_truncated = (tokens[:, context:] != padding).any(dim=1).tolist()
-        truncated += [name for name, is_long in zip(names, is_truncated, strict=True) if is_long]
-    return tuple(truncated)
+    is_long = are_truncated(tokenizer, [_fill(longest, name) for name in class_names])
+    return tuple(name for name, is_truncated in zip(class_names, is_long, strict=True) if is_truncated)
+
+
+def are_truncated(tokenizer: TextTokenizer, sentences: Sequence[str]) -> list[bool]:
+    """Whether each sentence is longer than the text tower's context."""
+    context = tokenizer.context_length
+    padding = tokenizer.tokenize([""], 4 * context)[0, -1]
+    is_long: list[bool] = []
+    for start in range(0, len(sentences), TEXTS_AT_ONCE):
+        tokens = tokenizer.tokenize(sentences[start : start + TEXTS_AT_ONCE], 4 * context)
+        is_long += (tokens[:, context:] != padding).any(dim=1).tolist()
+    return is_long
 
 
 def _fill(template: str, name: str) -> str:

@@ -26,13 +26,14 @@ from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.models.encoders.class_texts import read_class_texts
 from imbvlm.models.encoders.encoder import Encoder, require_text
 from imbvlm.models.encoders.encoder_factory import create_encoder
-from imbvlm.models.encoders.text_prompts import class_embeddings, templates_of
+from imbvlm.models.encoders.text_prompts import class_embeddings, class_sentences
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
 from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_adjustments
-from imbvlm.sweep.records.provenance import check_encoder_weights, data_changes
+from imbvlm.sweep.records.provenance import check_class_texts, check_encoder_weights, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.manifest_path import locate_manifest
@@ -160,6 +161,7 @@ class TrialExport:
             raise ImbvlmError(
                 f"{self.record.trial_id} can't be retrained: {changes[0]} since the sweep began. Restore the data."
             )
+        check_class_texts(self.folder, config, keep=False)
         self.say(
             f"{self.record.trial_id} ({percent(self.record.best_value(self.spec.best_objective))} % on validation) "
             "is retrained on all training images"
@@ -209,8 +211,10 @@ class TrialExport:
             return None
         embeddings = None
         if adjustment.alpha:
-            templates = templates_of(config.prompts or PromptsConfig())
-            embeddings = class_embeddings(require_text(encoder), class_names, templates)
+            prompts = config.prompts or PromptsConfig()
+            check_class_texts(self.folder, config, keep=False)
+            sentences = class_sentences(prompts, class_names, read_class_texts(prompts.texts, class_names))
+            embeddings = class_embeddings(require_text(encoder), sentences)
         counts = json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))["class_counts"]
         return LogitPostprocessor(adjustment, tuple(counts), embeddings)
 

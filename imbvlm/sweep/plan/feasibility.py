@@ -18,6 +18,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.split_power import resolve_confirm_folds, resolve_folds, validation_rows
 from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
+from imbvlm.models.encoders.class_texts import describe_class_texts
 from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.model_builder import refusals
 from imbvlm.ray_runtime.cluster_resources import Cluster
@@ -408,9 +409,19 @@ def _methods_of(sweep: ResolvedSweep) -> set[str]:
     return set(map(str, sweep.space.values_of("method", sweep.spec.base)))
 
 
+def text_notes(sweep: ResolvedSweep, manifest: Manifest) -> list[str]:
+    """Sentences on the classes that `prompts.texts` has sentences for; raises ImbvlmError for a wrong file."""
+    paths = sweep.space.values_of("prompts.texts", sweep.spec.base)
+    return [describe_class_texts(path, manifest.class_names) for path in paths if path is not None]
+
+
 def check_manifest(sweep: ResolvedSweep, manifest: Manifest) -> None:
-    """Reject a sweep whose data has nothing to train on or to select by; raises ConfigError."""
+    """Reject a sweep whose data has nothing to train on or to select by, or not the classes of its texts.
+
+    Raises ConfigError, ImbvlmError.
+    """
     spec = sweep.spec
+    text_notes(sweep, manifest)
     folds = num_folds(spec, manifest)
     check_data(spec, *data_counts(manifest, spec.split_seed, folds))
     if folds > 1 and any(config.reads_images for config in sweep.corner_trials()):

@@ -17,7 +17,13 @@ from imbvlm.data.split_power import split_power
 from imbvlm.features.store_sizes import token_size_options
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.cost_estimate import Interval, SplitSizes
-from imbvlm.sweep.plan.feasibility import at_a_time, max_test_logit_bytes, needed_outputs, uses_ray_train
+from imbvlm.sweep.plan.feasibility import (
+    at_a_time,
+    max_test_logit_bytes,
+    needed_outputs,
+    text_notes,
+    uses_ray_train,
+)
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder
 from imbvlm.sweep.spec.baselines import baselines
@@ -167,8 +173,9 @@ def _inputs(plan: Plan) -> Rows:
         text = f"{plan.spec.base['data']['manifest']}: {len(manifest.class_names):,} classes, {rows} images"
     encoders = [("encoder", _encoder_line(plan, encoder)) for encoder in plan.encoders]
     names = [encoder.config.encoder.name for encoder in plan.encoders]
-    notes = [("note", note) for note in ([] if manifest is None else score_notes(names, manifest.name))]
-    return [("manifest", text), ("validation", _validation(plan)), *encoders, *notes]
+    notes = [] if manifest is None else [*score_notes(names, manifest.name), *text_notes(plan.sweep, manifest)]
+    described = [("manifest", text), ("validation", _validation(plan)), *encoders]
+    return [*described, *(("note", note) for note in notes)]
 
 
 def _validation(plan: Plan) -> str:

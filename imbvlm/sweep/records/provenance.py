@@ -19,6 +19,7 @@ from imbvlm.base.plugin_files import plugin_change, read_digests, require_plugin
 from imbvlm.base.plugins import active_plugins
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.files.file_listing import file_states
 from imbvlm.data.manifest import Manifest
 
@@ -136,10 +137,28 @@ def check_encoder_weights(folder: str, encoder: EncoderConfig, info: EncoderInfo
         write_provenance(folder, {**before, "towers": towers, "revisions": revisions})
 
 
-def encoders_used(folder: str) -> dict[str, dict[str, str]]:
-    """Fingerprints and revisions of a sweep's encoders by name, as provenance.json has them; raises ImbvlmError."""
+def check_class_texts(folder: str, config: TrialConfig, *, keep: bool = True) -> None:
+    """Raise ConfigError if the file of class texts has changed since the sweep first used it; `keep` records a new one.
+
+    Raises ImbvlmError if the provenance file is damaged, StorageError where the texts can't be read.
+    """
+    path = None if config.prompts is None else config.prompts.texts
+    if path is None:
+        return
     before = _written(folder) or {}
-    return {key: dict(before.get(key, {})) for key in ("towers", "revisions")}
+    digest = hashlib.sha256(storage.read_bytes(path)).hexdigest()[:16]
+    texts = dict(before.get("texts", {}))
+    if texts.get(path, digest) != digest:
+        message = f"{path} is not the file of class texts that the sweep began with. Restore it, or start a new sweep."
+        raise ConfigError([Problem(message, folder)])
+    if keep and path not in texts:
+        write_provenance(folder, {**before, "texts": {**texts, path: digest}})
+
+
+def inputs_used(folder: str) -> dict[str, dict[str, str]]:
+    """Fingerprints and revisions of a sweep's encoders, and digests of its class texts; raises ImbvlmError."""
+    before = _written(folder) or {}
+    return {key: dict(before[key]) for key in ("towers", "revisions", "texts") if key in before}
 
 
 def data_name(folder: str) -> str:

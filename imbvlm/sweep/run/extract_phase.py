@@ -9,7 +9,7 @@ from imbvlm.base import storage
 from imbvlm.features.extraction import ensure_features, seconds_per_image
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.store_sizes import num_crops, pending_images
-from imbvlm.sweep.records.provenance import check_encoder_weights
+from imbvlm.sweep.records.provenance import check_class_texts, check_encoder_weights
 from imbvlm.sweep.records.quarantine_list import describe_quarantine, quarantined_rows, write_quarantine
 from imbvlm.sweep.records.resource_usage import ImageThroughput, throughput_key
 from imbvlm.sweep.run.sweep_run import SweepRun
@@ -29,6 +29,7 @@ def extract_splits(run: SweepRun, splits: tuple[str, ...]) -> dict[str, FeatureS
     """Return the stored features of each encoder of the space, by `feature_key`; missing ones are computed."""
     feature_sets, throughputs = dict[str, FeatureSet](), dict[str, float]()
     for config in run.encoders:
+        check_class_texts(run.folder, config)
         features = ensure_features(
             config,
             run.manifest,

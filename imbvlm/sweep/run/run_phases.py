@@ -12,10 +12,10 @@ from imbvlm.base.errors import LostProcessesError, StorageError
 from imbvlm.base.plugin_files import plugin_options
 from imbvlm.data.manifest import Manifest
 from imbvlm.ray_runtime.connection import ray_session
-from imbvlm.sweep.plan.feasibility import num_folds
+from imbvlm.sweep.plan.feasibility import num_folds, text_notes
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.folder_lease import Lease, folder_lease
-from imbvlm.sweep.records.provenance import begin_provenance, encoders_used, provenance, provenance_changes
+from imbvlm.sweep.records.provenance import begin_provenance, inputs_used, provenance, provenance_changes
 from imbvlm.sweep.records.summary_tables import run_header
 from imbvlm.sweep.records.sweep_folder import read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE, TrialLog
@@ -48,7 +48,8 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         local_dir = local_folder(folder)
         console.copy_to(local_dir / PROGRESS_FILE)
         header = run_header(sweep.spec, checked.manifest, folder, log)
-        console.print("\n".join([header, *untrained_configurations(sweep), *sampler_notes(sweep)]))
+        notes = [*text_notes(sweep, checked.manifest), *untrained_configurations(sweep), *sampler_notes(sweep)]
+        console.print("\n".join([header, *notes]))
         with _resume_hint_in_errors(folder):
             with console.redirect_output(local_dir / LOG_FILE):
                 silence_optuna()
@@ -78,9 +79,9 @@ def fork(spec: SweepSpec, source: str, folder: str, console: Console) -> None:
     if before != now:
         changes.append(f"trials were scored over {before} folds and are over {now} now")
     selected = select_fork_trials(source, sweep, changes)
-    # The retained trials read features of these encoders.
-    encoders = encoders_used(source) if selected.retained else {}
-    begin_provenance(folder, {**current, **encoders})
+    # The retained trials read features of these encoders and texts.
+    inputs = inputs_used(source) if selected.retained else {}
+    begin_provenance(folder, {**current, **inputs})
     write_fork(selected, source, folder)
     console.print(selected.describe(source))
 

@@ -14,43 +14,47 @@ from imbvlm.data.manifest import EMBEDDED, absolute_manifest
 from imbvlm.sweep.spec.search_space import get_dotted
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
-_ENCODER_PATHS = {"encoder.name": absolute_encoder_name, "encoder.weights": absolute_path}
+_PATHS = {
+    "encoder.name": absolute_encoder_name,
+    "encoder.weights": absolute_path,
+    "prompts.texts": storage.absolute,
+}
 
 
 def with_absolute_paths(spec: SweepSpec) -> SweepSpec:
-    """Return the specification with absolute paths of manifest, storage, features and encoders, also in its space."""
+    """Return the specification with absolute paths of all its files and folders, also in its space."""
     changes: dict[str, Any] = {"storage": storage.absolute(spec.storage)}
     if spec.feature_folder is not None:
         changes["feature_folder"] = storage.absolute(spec.feature_folder)
-    base = _absolute_encoders(spec.base)
+    base = _absolute_settings(spec.base)
     manifest = get_dotted(base, "data.manifest")
     if isinstance(manifest, str):
         base = apply_overrides(base, {"data.manifest": absolute_manifest(manifest)})
     changes["plugins"] = [*dict.fromkeys(map(storage.absolute, spec.plugins))]
-    changes["first_trials"] = _absolute_encoders(spec.first_trials)
+    changes["first_trials"] = _absolute_settings(spec.first_trials)
     try:
         tree = spec.read_space().tree
     except ConfigError:
         # The check names its mistakes together with all others.
         return spec.model_copy(update={**changes, "base": base})
-    space = _absolute_encoders(tree)
+    space = _absolute_settings(tree)
     if space != tree:
         changes["space"] = space
     return spec.model_copy(update={**changes, "base": base})
 
 
-def _absolute_encoders(value: Any, key: str = "") -> Any:
-    """Return a tree of settings with absolute paths in encoder.name and encoder.weights, dotted or nested."""
+def _absolute_settings(value: Any, key: str = "") -> Any:
+    """Return a tree of settings with absolute values of the keys in _PATHS, dotted or nested."""
     if isinstance(value, dict):
-        return {name: _absolute_encoders(child, _dotted_key(key, name)) for name, child in value.items()}
+        return {name: _absolute_settings(child, _dotted_key(key, name)) for name, child in value.items()}
     if isinstance(value, list):
-        return [_absolute_encoders(child, key) for child in value]
-    return _ENCODER_PATHS[key](value) if key in _ENCODER_PATHS and isinstance(value, str) else value
+        return [_absolute_settings(child, key) for child in value]
+    return _PATHS[key](value) if key in _PATHS and isinstance(value, str) else value
 
 
 def _dotted_key(parent: str, name: str) -> str:
     # A key below encoder.name, such as `choice`, describes its range.
-    return parent if parent in _ENCODER_PATHS else f"encoder.{name}" if parent == "encoder" else name
+    return parent if parent in _PATHS else f"{parent}.{name}" if parent in ("encoder", "prompts") else name
 
 
 def with_located_manifest(spec: SweepSpec, folder: str, manifest: str | None = None) -> SweepSpec:

@@ -12,7 +12,13 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig, PromptsConfig
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
-from imbvlm.models.encoders.text_prompts import TEMPLATES, class_embeddings, templates_of, truncated_names
+from imbvlm.models.encoders.text_prompts import (
+    TEMPLATES,
+    class_embeddings,
+    class_sentences,
+    templates_of,
+    truncated_names,
+)
 
 NAMES = ["sandal", "ankle boot", "T-shirt {or top}", "coat"] * 3
 
@@ -33,25 +39,36 @@ def test_equal_to_open_clips_zero_shot_classifier(encoder: Encoder, templates: s
     functions |= {OWN: own, OWN[:1]: own[:1]}
     tokenizer = open_clip.get_tokenizer(encoder.source.model)
     expected = open_clip.build_zero_shot_classifier(encoder.model, tokenizer, NAMES, functions[templates])
-    sentences = templates_of(PromptsConfig(templates=templates if isinstance(templates, str) else list(templates)))
-    got = class_embeddings(encoder.text, NAMES, sentences)
+    config = PromptsConfig(templates=templates if isinstance(templates, str) else list(templates))
+    got = class_embeddings(encoder.text, class_sentences(config, NAMES, {}))
     torch.testing.assert_close(got, expected.T, atol=1e-5, rtol=1e-5)
     assert got.shape == (len(NAMES), 384)
     torch.testing.assert_close(got.norm(dim=1), torch.ones(len(NAMES)))
 
 
 def test_batches_do_not_change_the_features(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = class_embeddings(encoder.text, NAMES, TEMPLATES["imagenet"])
+    sentences = list(class_sentences(PromptsConfig(templates="imagenet"), NAMES, {"coat": ["warm", "long", "red"]}))
+    whole = class_embeddings(encoder.text, sentences)
     for at_once in (1, 100):
         monkeypatch.setattr("imbvlm.models.encoders.text_prompts.TEXTS_AT_ONCE", at_once)
-        torch.testing.assert_close(
-            class_embeddings(encoder.text, NAMES, TEMPLATES["imagenet"]), whole, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(class_embeddings(encoder.text, sentences), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_texts_take_the_templates_place_or_join_them(encoder: Encoder) -> None:
+    names, texts = ["coat", "boot", "hat"], {"coat": ["a long coat.", "wool {}"], "hat": ["headgear"]}
+    assert list(class_sentences(PromptsConfig(texts="t.json"), names, texts)) == [
+        ["a long coat.", "wool {}"], ["a photo of a boot."], ["headgear"],
+    ]  # fmt: skip
+    both = list(class_sentences(PromptsConfig(texts="t.json", add_templates=True), names, texts))
+    assert both[0] == ["a long coat.", "wool {}", "a photo of a coat."]
+    sums = [torch.stack([*encoder.text.encode_text(own)]).double().mean(dim=0) for own in both]
+    expected = torch.stack([mean / mean.norm() for mean in sums]).float()
+    torch.testing.assert_close(class_embeddings(encoder.text, both), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_features_can_take_part_in_training(encoder: Encoder) -> None:
     weight = torch.nn.Parameter(torch.ones(384, 384))
-    (class_embeddings(encoder.text, NAMES, TEMPLATES["plain"]) @ weight).sum().backward()
+    (class_embeddings(encoder.text, [[name] for name in NAMES]) @ weight).sum().backward()
     assert weight.grad is not None
 
 

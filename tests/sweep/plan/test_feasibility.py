@@ -304,7 +304,7 @@ def test_a_pack_is_as_large_as_its_members_leave_room_for() -> None:
         ),
         (
             {"method": "linear_probe", "prompts": {"templates": "imagenet"}},
-            "prompts.templates is set, and tiny is image-only",
+            "the section prompts is set, and tiny is image-only",
         ),
     ],
 )

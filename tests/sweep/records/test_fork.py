@@ -18,13 +18,15 @@ from tiny_images import image_manifest
 import imbvlm
 from imbvlm.base.errors import ConfigError, ImbvlmError
 from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import with_column
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.earlier_sweeps import select_fork_trials, write_fork
 from imbvlm.sweep.records.provenance import (
+    check_class_texts,
     check_encoder_weights,
-    encoders_used,
+    inputs_used,
     provenance,
     provenance_changes,
     write_provenance,
@@ -157,13 +159,28 @@ def test_a_tower_with_other_weights_is_refused(tmp_path: Path, manifest: Manifes
     check_encoder_weights(str(tmp_path), EncoderConfig(name="local-dir:another"), info)
     with pytest.raises(ConfigError, match="weights of the encoder local-dir:mine are not those that the sweep began"):
         check_encoder_weights(str(tmp_path), encoder, dataclasses.replace(info, weights_fingerprint="other"))
-    assert encoders_used(str(tmp_path))["towers"] == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
+    assert inputs_used(str(tmp_path))["towers"] == dict.fromkeys(("local-dir:mine", "local-dir:another"), "tiny")
     published, of_hub = EncoderConfig(name="hf-hub:org/repo"), dataclasses.replace(info, revision="abc")
     check_encoder_weights(str(tmp_path), published, of_hub)
-    assert encoders_used(str(tmp_path))["revisions"] == {"hf-hub:org/repo": "abc"}
+    assert inputs_used(str(tmp_path))["revisions"] == {"hf-hub:org/repo": "abc"}
     moved = dataclasses.replace(of_hub, weights_fingerprint="other", revision="def")
     with pytest.raises(ConfigError, match="not those that the sweep began with: revision abc of the hub"):
         check_encoder_weights(str(tmp_path), published, moved)
+    assert provenance_changes(str(tmp_path), provenance(manifest)) == []
+
+
+def test_other_class_texts_are_refused(tmp_path: Path, manifest: Manifest) -> None:
+    write_provenance(str(tmp_path), provenance(manifest))
+    path = tmp_path / "texts.json"
+    path.write_text('{"ant": ["an insect"]}')
+    tree = {"method": "zero_shot", "data": {"manifest": "m.parquet"}, "encoder": {"name": "tinylit_lite0"}}
+    config = TrialConfig.from_tree({**tree, "prompts": {"texts": str(path)}})
+    check_class_texts(str(tmp_path), config)
+    path.write_text('{"ant": ["a bee"]}')
+    for keep in (True, False):
+        with pytest.raises(ConfigError, match="is not the file of class texts that the sweep began with"):
+            check_class_texts(str(tmp_path), config, keep=keep)
+    assert [*inputs_used(str(tmp_path))["texts"]] == [str(path)]
     assert provenance_changes(str(tmp_path), provenance(manifest)) == []
 
 

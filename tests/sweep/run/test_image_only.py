@@ -76,7 +76,7 @@ def test_a_plan_has_no_zero_shot_and_no_image_embeddings(folder: Path) -> None:
         ({"method": {"choice": ["linear_probe", "zero_shot"]}}, "method zero_shot compares images"),
         ({"method": {"choice": ["prompt_tuning"]}}, "method prompt_tuning compares images"),
         ({"classifier.init": {"choice": ["random", "text"]}}, "classifier.init is text"),
-        ({"prompts.templates": {"choice": ["plain", "imagenet"]}}, "prompts.templates is set"),
+        ({"prompts.templates": {"choice": ["plain", "imagenet"]}}, "the section prompts is set"),
     ],
 )
 def test_what_needs_text_is_refused_before_anything_is_made(

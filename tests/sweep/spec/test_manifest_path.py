@@ -101,6 +101,15 @@ def test_encoders_of_a_space_are_found_from_any_working_directory(home: Path, mo
     assert parameters["loss.tau"] == {"uniform": [0.5, 1.5], "when": {"encoder.name": [absolute]}}
 
 
+def test_class_texts_are_found_from_any_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    space = {"parameters": {"prompts.texts": {"choice": [None, "texts.json", "s3://b/texts.json"]}}}
+    spec = with_absolute_paths(sweep_spec(base={**base("m.parquet"), "prompts": {"texts": "own.json"}}, space=space))
+    assert spec.base["prompts"]["texts"] == f"{home}/own.json"
+    choice = spec.read_space().tree["parameters"]["prompts.texts"]["choice"]
+    assert choice == [None, f"{home}/texts.json", "s3://b/texts.json"]
+
+
 def test_a_space_without_local_encoders_stays_the_file_that_it_is(home: Path) -> None:
     assert with_absolute_paths(sweep_spec(space="quickstart")).space == "quickstart"
 

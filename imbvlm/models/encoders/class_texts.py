@@ -1,0 +1,58 @@
+"""Sentences for classes from a JSON file, {class name: [sentences]}, the form of CuPL's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError, suggest_name
+from imbvlm.base.formatting import join_limited, pluralize
+
+_FORM = 'Write an object such as {"snow leopard": ["a gray spotted cat on rocks."]}'
+
+
+def read_class_texts(path: str | None, class_names: Sequence[str]) -> dict[str, list[str]]:
+    """The sentences of each class that the file has; none without a file.
+
+    Raises ImbvlmError for another form or a class that isn't there, StorageError where the file can't be read.
+    """
+    if path is None:
+        return {}
+    if not storage.exists(path):
+        raise ImbvlmError(f"prompts.texts must be a JSON file, and {path} is not there. Give its path.")
+    try:
+        content = storage.read_json(path)
+    except ValueError as error:
+        raise ImbvlmError(f"prompts.texts must be a JSON file, and {path} is none: {error}. {_FORM}.") from None
+    if not isinstance(content, dict) or not content:
+        raise ImbvlmError(f"prompts.texts must have sentences by class, and {path} has {content!r:.60}. {_FORM}.")
+    wrong = next(_mistakes(content), None)
+    if wrong is not None:
+        raise ImbvlmError(
+            f"prompts.texts must have a list of sentences for each class, and {wrong} in {path}. {_FORM}."
+        )
+    unknown = sorted(content.keys() - set(class_names))
+    if unknown:
+        raise ImbvlmError(
+            f"{path} has sentences for {pluralize(len(unknown), 'class')} that the manifest doesn't have: "
+            f"{join_limited([repr(name) for name in unknown], 5)}; {suggest_name(unknown[0], class_names)}"
+        )
+    return content
+
+
+def describe_class_texts(path: str, class_names: Sequence[str]) -> str:
+    """How many classes have sentences in the file, and which have none; raises as `read_class_texts`."""
+    texts = read_class_texts(path, class_names)
+    without = [name for name in class_names if name not in texts]
+    rest = f"; {len(without):,} without keep the templates: {join_limited(without, 5)}" if without else ""
+    return f"prompts.texts {path}: {len(class_names) - len(without):,} of {pluralize(len(class_names), 'class')}{rest}"
+
+
+def _mistakes(content: dict[str, Any]) -> Iterator[str]:
+    for name, sentences in content.items():
+        if not isinstance(sentences, list) or not sentences:
+            yield f"{name!r} has {sentences!r:.60}"
+        else:
+            blank = [text for text in sentences if not isinstance(text, str) or not text.strip()]
+            yield from (f"{name!r} has {text!r:.60} among them" for text in blank)

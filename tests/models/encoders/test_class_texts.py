@@ -1,0 +1,61 @@
+"""Texts for classes: CuPL's form, and every other form refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imbvlm.base.errors import ConfigError, ImbvlmError
+from imbvlm.config.trial_config import TrialConfig
+from imbvlm.models.encoders.class_texts import describe_class_texts, read_class_texts
+
+NAMES = ["snow leopard", "lynx", "wolf"]
+
+
+def write(folder: Path, content: Any) -> str:
+    path = folder / "texts.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_sentences_are_read_and_classes_without_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, {"lynx": ["a cat with tufted ears.", "a lynx in snow."]})
+    assert read_class_texts(path, NAMES) == {"lynx": ["a cat with tufted ears.", "a lynx in snow."]}
+    assert describe_class_texts(path, NAMES) == (
+        f"prompts.texts {path}: 1 of 3 classes; 2 without keep the templates: snow leopard, wolf"
+    )
+    assert describe_class_texts(path, ["lynx"]) == f"prompts.texts {path}: 1 of 1 class"
+    assert read_class_texts(None, NAMES) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", r"must be a JSON file, and .* is none: .*\. Write an object such as"),
+        ([["lynx", "a"]], r"must have sentences by class, and .* has \[\['lynx', 'a'\]\]\. Write"),
+        ({}, r"must have sentences by class, and .* has \{\}\. Write"),
+        ({"lynx": "a cat"}, r"a list of sentences for each class, and 'lynx' has 'a cat' in .*\. Write"),
+        ({"lynx": []}, r"and 'lynx' has \[\] in"),
+        ({"lynx": ["a cat", " "]}, r"and 'lynx' has ' ' among them in"),
+        ({"lynx": ["a cat", 7]}, r"and 'lynx' has 7 among them in"),
+        ({"linx": ["a cat"], "wolf": ["a dog"]}, r"for 1 class that the manifest doesn't have: 'linx'; did you mean"),
+    ],
+)
+def test_another_form_or_class_is_one_sentence(tmp_path: Path, content: Any, sentence: str) -> None:
+    with pytest.raises(ImbvlmError, match=sentence) as caught:
+        read_class_texts(write(tmp_path, content), NAMES)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImbvlmError, match=r"prompts\.texts must be a JSON file, and .*gone\.json is not there\. Give"):
+        read_class_texts(str(tmp_path / "gone.json"), NAMES)
+
+
+def test_templates_join_only_texts() -> None:
+    tree = {"method": "zero_shot", "data": {"manifest": "m.parquet"}, "encoder": {"name": "tinylit_lite0"}}
+    with pytest.raises(ConfigError, match=r"prompts\.add_templates has no effect without prompts\.texts"):
+        TrialConfig.from_tree({**tree, "prompts": {"add_templates": True}})
