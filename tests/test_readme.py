@@ -92,6 +92,7 @@ def test_the_first_two_commands_are_what_continuous_integration_uses() -> None:
 RUN_HERE = (
     "quickstart.md",
     "plugins.md",
+    "guides/camera-traps.md",
     "guides/choosing.md",
     "guides/how-many-images.md",
     "guides/own-images.md",

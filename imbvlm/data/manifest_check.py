@@ -250,7 +250,7 @@ def _splits(manifest: Manifest, split_seed: int) -> Iterator[Finding]:
     elif lost:
         held_out = "held out from training (fewer than 5 images)" if num_folds == 1 else "over folds (a single image)"
         if manifest.has_groups:
-            held_out = "over folds (a single group, or only in groups that stay in training)"
+            held_out = "of unseen groups (a single group, or only in groups that stay in training)"
         kind = "the validation split" if is_official else f"validation {held_out}"
         yield Finding("warning" if is_official else "note", f"{pluralize(len(lost), 'class')} absent from {kind}", lost)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from imbvlm.base.formatting import Z95, pluralize
 from imbvlm.data.folds import deal_folds
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.manifest_schema import Rows
+from imbvlm.data.manifest_schema import Rows, joined_groups
 from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import ClassStats
 
@@ -74,14 +74,16 @@ def resolve_folds(num_folds: int | None, manifest: Manifest, split_seed: int) ->
     """The folds that score trials on stored features; 1 where official or held-out validation images do.
 
     None stands for NUM_FOLDS where images held out from training would decide too little, or have groups: rows of a
-    few groups decide less than their number says.
+    few groups decide less than their number says. There are no more folds than groups.
     """
     if len(manifest.rows_of("val")):
         return 1
+    groups = joined_groups(manifest.table)
+    if groups is not None:
+        num_groups = len(np.unique(groups[manifest.rows_of("train")]))
+        return min(NUM_FOLDS if num_folds is None else num_folds, max(1, num_groups))
     if num_folds is not None:
         return num_folds
-    if manifest.has_groups:
-        return NUM_FOLDS
     held_out = manifest.labels[train_val_rows(manifest, split_seed)[1]]
     is_enough = len(held_out) > 0 and not split_power(held_out, manifest.class_stats()).calls_for_folds
     return 1 if is_enough else NUM_FOLDS
@@ -92,7 +94,10 @@ def resolve_confirm_folds(num_folds: int, manifest: Manifest, split_seed: int) -
     official = manifest.labels[manifest.rows_of("val")]
     if not len(official) or not split_power(official, manifest.class_stats()).calls_for_folds:
         return 1
-    return num_folds if deal_folds(manifest.label_rows(), num_folds, split_seed).folds else 1
+    folds = deal_folds(manifest.label_rows(), num_folds, split_seed).folds
+    if manifest.has_groups:
+        return max(1, len(folds))
+    return num_folds if folds else 1
 
 
 def validation_rows(manifest: Manifest, split_seed: int, num_folds: int) -> Rows:

@@ -62,7 +62,8 @@ def hold_out_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> M
 def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
     """Make exactly the rows of these groups the test split; test rows of other groups become training rows.
 
-    Raises ImbvlmError for a name that is no group, ManifestError where no training rows are left.
+    A single group that is left for training loses its name, with a note, since validation has to divide it. Raises
+    ImbvlmError for a name that is no group, ManifestError where no training rows are left.
     """
     groups = manifest.table.column("group")
     existing = groups.unique().drop_null().to_pylist()
@@ -73,7 +74,13 @@ def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
     number, percent = pluralize(len(set(names)), "group"), f"{100 * is_test.mean():.0f} % of the images"
     if not (~is_test & (split_codes(manifest.table.column("split")) != SPLITS.index("val"))).any():
         raise ManifestError(manifest.name, ["--test-groups leaves no training image. Leave a group out of it."])
-    return _with_test(manifest, is_test, f"test split: {number} by --test-groups, {percent}")
+    divided = _with_test(manifest, is_test, f"test split: {number} by --test-groups, {percent}")
+    remaining = groups.take(pa.array(divided.rows_of("train"))).unique().to_pylist()
+    if len(remaining) > 1 or remaining == [None]:
+        return divided
+    column = pc.if_else(pa.array(is_test), groups, pa.scalar(None, groups.type))
+    note = f"all training images are of the group {remaining[0]!r}, so that validation divides it"
+    return replace(divided, table=with_column(divided.table, "group", column), notes=(*divided.notes, note))
 
 
 def _with_test(manifest: Manifest, is_test: npt.NDArray[np.bool_], note: str) -> Manifest:

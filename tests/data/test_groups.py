@@ -107,11 +107,15 @@ def test_two_groups_give_two_folds_each_scored_by_a_model_of_the_other() -> None
                      for vendor in range(2)])  # fmt: skip
     first, second = deal_folds(manifest.label_rows(), 5, 0).folds
     assert (first.train.tolist(), first.val.tolist()) == (second.val.tolist(), second.train.tolist())
-    assert resolve_folds(None, manifest, 0) == 5
+    assert resolve_folds(None, manifest, 0) == 2
+    assert resolve_folds(1, manifest, 0) == 1
     with pytest.raises(ManifestError, match=r"no group can be held out as 20 % .* choose the groups by --test-groups"):
         hold_out_test_split(manifest, 0.2)
     both = [hold_out_test_groups(manifest, [name]) for name in ("cam0", "cam1")]
     assert both[0].rows_of("test").tolist() == both[1].rows_of("train").tolist()
+    # With a single group left, validation has to divide it.
+    assert "all training images are of the group 'cam1', so that validation divides it" in both[0].notes
+    assert sorted(deal_folds(both[0].label_rows(), 3, 0).val_rows.tolist()) == both[0].rows_of("train").tolist()
 
 
 def test_named_groups_replace_the_test_split() -> None:

@@ -41,6 +41,15 @@ BENCHMARKS = Registry(
             num_classes=10,
             class_range=(10, 1_000),
         ),
+        "emoji_lt": Benchmark(
+            build=Lazy("imbvlm.data.sources.benchmarks:read_emoji_lt"),
+            files=(),
+            folders=(),
+            download="nothing: it is part of the package",
+            sizes={"train": 2_306, "test": 680},
+            num_classes=68,
+            class_range=(6, 154),
+        ),
         "inat2018": Benchmark(
             build=Lazy("imbvlm.data.sources.benchmarks:build_inat2018"),
             files=("train2018.json", "val2018.json"),

@@ -62,6 +62,11 @@ def read_fashion_mnist_lt(root: str) -> Manifest:
     return Manifest.read(f"{EMBEDDED}fashion_mnist_lt")
 
 
+def read_emoji_lt(root: str) -> Manifest:
+    """The manifest in the package; nothing is read below `root`."""
+    return Manifest.read(f"{EMBEDDED}emoji_lt")
+
+
 def build_inat2018(root: str) -> Manifest:
     """iNaturalist 2018 from its annotation files."""
     # The official validation set is the test split: selection must never see it.

@@ -146,6 +146,11 @@ def _name(taxon: Mapping[str, Any], names: str) -> str:
     return str(taxon.get("common_name") or scientific) if names == "common" else scientific
 
 
+def _plain_text(value: Any) -> str:
+    # JSON may have surrogates, which no UTF-8 has.
+    return str(value).encode("utf-8", "replace").decode()
+
+
 def _rows(
     file: Mapping[str, Any], split: str, root: str, label_of: Mapping[int, int], source: str, group_by: str | None
 ) -> tuple[pa.Table, int]:
@@ -171,7 +176,7 @@ def _rows(
             "uri": [f"{folder}/{image['file_name']}" for image in images],
             "label": pa.array(labels, pa.int32()),
             "split": [split] * len(images),
-            "group": pa.array([None if group is None else str(group) for group in groups], pa.large_string()),
+            "group": pa.array([None if group is None else _plain_text(group) for group in groups], pa.large_string()),
         }
     )
     return table, len(category_of.keys() - {image["id"] for image in images})

@@ -94,13 +94,13 @@ def test_a_column_of_tables_gives_groups(tmp_path: Path) -> None:
 def test_a_field_of_annotated_images_gives_groups(tmp_path: Path) -> None:
     images = [{"id": number, "file_name": f"{number}.jpg", "location": number % 2} for number in range(4)]
     content = {
-        "images": [*images, {"id": 4, "file_name": "4.jpg"}],
-        "annotations": [{"image_id": number, "category_id": 0} for number in range(5)],
+        "images": [*images, {"id": 4, "file_name": "4.jpg"}, {"id": 5, "file_name": "5.jpg", "location": "\ud800"}],
+        "annotations": [{"image_id": number, "category_id": 0} for number in range(6)],
         "categories": [{"id": 0, "name": "ant"}],
     }
     (tmp_path / "train.json").write_text(json.dumps(content))
     source, path = ["--inaturalist", f"train={tmp_path}/train.json"], tmp_path / "m.parquet"
     assert run_command("manifest", "build", *source, "--group-by", "location", "-o", path) == 0
-    assert groups(path) == ["0", "1", "0", "1", None]
+    assert groups(path) == ["0", "1", "0", "1", None, "?"]
     with pytest.raises(ImbvlmError, match="its images have no field 'locaton' for groups; did you mean 'location'"):
         run_command("manifest", "build", *source, "--group-by", "locaton", "-o", path)
