@@ -47,13 +47,14 @@ def fold_pairs(folds: Folds) -> tuple[Fold, ...]:
     )
 
 
-def deal_folds(rows: LabelRows, num_folds: int, seed: int) -> Folds:
+def deal_folds(rows: LabelRows, num_folds: int, seed: int, *, at_random: bool = False) -> Folds:
     """Divide the training rows into folds by class (docs/protocol.md, Splits, counts, selection).
 
     Copies of an image are one unit. A class with two or more units is validated once, each unit by models that never
     saw it. A class with one unit, and copies that several classes share, are trained on in every fold. Where the
     manifest has groups, they are the units, and one that holds all images of a class is trained on in every fold.
-    Raises ImbvlmError for fewer than two folds.
+    `at_random` then divides groups: each fold has as many images of each class as with whole groups, at random. Raises
+    ImbvlmError for fewer than two folds.
     """
     if num_folds < 2:
         raise ImbvlmError(f"folds must be 2 or more, got {num_folds}. A model that saw all images can't be scored.")
@@ -66,6 +67,9 @@ def deal_folds(rows: LabelRows, num_folds: int, seed: int) -> Folds:
     num_units = np.bincount(unit_labels[~is_shared], minlength=len(rows.class_names))
     if rows.groups is not None:
         parts = deal_groups(labels, rows.groups[train], [1 / num_folds] * num_folds, seed)
+        if at_random:
+            # Copies follow the first of them.
+            parts = _shuffle_in_class(parts[first], unit_labels, seed)[unit]
         can_validate = ~is_shared[unit]
     else:
         can_validate = (~is_shared & (num_units[unit_labels] > 1))[unit]
@@ -73,6 +77,13 @@ def deal_folds(rows: LabelRows, num_folds: int, seed: int) -> Folds:
         parts[can_validate] = deal_units(labels[can_validate], copies[can_validate], num_folds, seed)
     folds = [Fold(train[parts != part], train[(parts == part) & can_validate]) for part in range(num_folds)]
     return Folds(tuple(fold for fold in folds if len(fold.val)), np.unique(labels[(parts >= 0) & can_validate]))
+
+
+def _shuffle_in_class(parts: Rows, labels: Rows, seed: int) -> Rows:
+    """The parts (N,) of rows, exchanged at random between the rows of each class."""
+    shuffled = np.empty_like(parts)
+    shuffled[np.argsort(labels, kind="stable")] = parts[np.lexsort((seeded(seed).random(len(labels)), labels))]
+    return shuffled
 
 
 def deal_units(labels: Rows, groups: Rows, num_parts: int, seed: int) -> Rows:

@@ -125,18 +125,20 @@ class TrialData:
         num_folds: int,
         *,
         in_pairs: bool = False,
+        at_random: bool = False,
         table: LabelRows | None = None,
     ) -> tuple[TrialData, ...]:
         """The data of each fold of the training rows (data/folds.py), for a trial on stored features.
 
-        `in_pairs`: of each two folds, without official rows. `table` as in `open`. Raises StoreError, StorageError.
+        `in_pairs`: of each two folds, without official rows. `at_random` as in `deal_folds`, `table` as in `open`.
+        Raises StoreError, StorageError.
         """
         table = label_rows(features.manifest) if table is None else table
         whole = TrialData.open(config, features, refit=True, table=table)
         assert isinstance(whole.train, StoredRows), "a trial that reads images is scored on held-out rows"
         row_numbers = table.rows_of("train")[whole.train.rows]
         official = whole.val if isinstance(whole.val, StoredRows) and len(whole.val) and not in_pairs else None
-        folds, opened = deal_folds(table, num_folds, config.data.split_seed), []
+        folds, opened = deal_folds(table, num_folds, config.data.split_seed, at_random=at_random), []
         for fold in fold_pairs(folds) if in_pairs else folds.folds:
             is_val = np.isin(row_numbers, fold.val)
             train, val = whole.train.subset(~is_val, whole.train.num_views), whole.train.subset(is_val, 1)

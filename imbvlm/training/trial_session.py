@@ -88,8 +88,8 @@ class TrialSettings:
     results by class to `model_folder`. `score_test` evaluates the test split once, after the last epoch, also with
     logits adjusted by `post_hoc`. Validation logits go to `logits_file`. `marker` is a file of
     the sweep; a machine that lacks it doesn't share the sweep's folder. A trial on stored features is scored over
-    `num_folds` of the training rows if they are more than one, `in_pairs` over each two of them. `keeps_test_logits`
-    also writes the test split's logits to `model_folder`, if they aren't too large.
+    `num_folds` of the training rows if they are more than one, `in_pairs` over each two of them; `folds_at_random`
+    divide groups. `keeps_test_logits` also writes the test split's logits to `model_folder`, if they aren't too large.
     """
 
     config: TrialConfig
@@ -105,6 +105,7 @@ class TrialSettings:
     model_folder: str | None = None
     num_folds: int = 1
     in_pairs: bool = False
+    folds_at_random: bool = False
     post_hoc: PostHocAdjustment | None = None
     logits_file: str | None = None
     marker: str | None = None
@@ -261,13 +262,15 @@ class TrialSession:
         # Pinned copies of outputs that the next trial doesn't read would keep their space.
         copied = None if features.cache is None else (outputs, of_test)
         num_folds = 1 if config.reads_images or settings.refit else settings.num_folds
-        key = (config.data, config.reads_images, features, settings.refit, num_folds, settings.in_pairs, copied)
+        kind_of_folds = {"in_pairs": settings.in_pairs, "at_random": settings.folds_at_random}
+        of_folds = (num_folds, *kind_of_folds.values())
+        key = (config.data, config.reads_images, features, settings.refit, of_folds, copied)
         if self._opened is None or self._opened.key != key:
             # Released first: this machine may have no space for copies of both.
             self._opened = None
             features, pinned = pin_features(features, outputs, of_test)
             if num_folds > 1:
-                data = TrialData.open_folds(config, features, num_folds, in_pairs=settings.in_pairs)
+                data = TrialData.open_folds(config, features, num_folds, **kind_of_folds)
             else:
                 data = (TrialData.open(config, features, refit=settings.refit),)
             self._opened = _Opened(key, features, data, pinned)

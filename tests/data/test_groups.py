@@ -72,6 +72,20 @@ def test_folds_keep_groups_and_copies_whole_and_every_class_trained(
 
 
 @settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=2, max_size=50), st.integers(2, 6))
+def test_folds_at_random_have_as_many_images_of_each_class_as_those_of_groups(
+    pairs: list[tuple[int, int]], num_folds: int
+) -> None:
+    rows = made([(label, group, image) for image, (label, group) in enumerate(pairs)]).label_rows()
+    sides = [deal_folds(rows, num_folds, 1, at_random=at_random) for at_random in (False, True)]
+    counts = [[np.bincount(rows.labels[fold.val], minlength=4).tolist() for fold in folds.folds] for folds in sides]
+    assert counts[0] == counts[1]
+    for fold in sides[1].folds:
+        assert sorted([*fold.train, *fold.val]) == list(range(len(pairs)))
+        assert set(rows.labels[fold.train]) == set(rows.labels)
+
+
+@settings(deadline=None)
 @given(ROWS, st.floats(0.05, 0.95), st.integers(0, 3))
 def test_the_test_share_keeps_groups_whole_or_is_refused(
     rows: list[tuple[int, object, int]], share: float, seed: int

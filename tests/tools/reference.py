@@ -355,6 +355,7 @@ FILES: dict[str, str] = {
     "pareto/": "configurations of the Pareto set, where there are several objectives",
     "tables/": "a study's tables as CSV and LaTeX",
     "post_hoc.json": "what is adjusted after training, and by how much, for winner and baselines",
+    "gap.json": "how much worse the delivered heads are on unseen groups, where the manifest has groups",
     "selection.json": "how the winner and the blend were selected, and what is claimed of them",
     "test.json": "what the test split answered, and when; resuming never reads it again",
     "quarantine.csv": "images that can't be decoded: path, reason, class, shot group",

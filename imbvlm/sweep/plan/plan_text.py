@@ -174,6 +174,8 @@ def _inputs(plan: Plan) -> Rows:
     encoders = [("encoder", _encoder_line(plan, encoder)) for encoder in plan.encoders]
     names = [encoder.config.encoder.name for encoder in plan.encoders]
     notes = [] if manifest is None else [*score_notes(names, manifest.name), *text_notes(plan.sweep, manifest)]
+    if manifest is not None and manifest.has_groups:
+        notes.append("groups: the delivered heads train twice more over folds at the end, for the gap to unseen groups")
     described = [("manifest", text), ("validation", _validation(plan)), *encoders]
     return [*described, *(("note", note) for note in notes)]
 

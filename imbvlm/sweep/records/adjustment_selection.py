@@ -103,7 +103,7 @@ def trials_to_choose_from(log: TrialLog, spec: SweepSpec, file_bytes: int) -> se
     trial's end changes its value.
     """
     best, ranked = log.best(spec.objective), log.ranked(spec.objective)
-    needed = [*log.of("baseline"), *log.of("confirm"), *log.of("folds"), *log.of("pairs")]
+    needed = [record for kind in ("baseline", "confirm", "folds", "pairs", "gap") for record in log.of(kind)]
     needed += [*best[:NUM_BEST], *ranked[: spec.confirm_trials]]
     needed += [record for record in ranked if record.state == "finished"][: max_candidates(spec, file_bytes)]
     needed += [refit.record for refit in refits(log, spec)] if best else []

@@ -61,8 +61,9 @@ def _describe_validation(spec: SweepSpec, manifest: Manifest, stats: ClassStats)
             f"{len(held_out):,} training images are held out for selection and returned for the refit; they cover "
             f"{coverage} classes"
         )
+    folds = f"{num_folds} folds of the training images{', whole groups each' if manifest.has_groups else ''}"
     return (
-        f"trials on stored features are scored over {num_folds} folds of the training images, on {len(scored):,} of "
+        f"trials on stored features are scored over {folds}, on {len(scored):,} of "
         f"them in {coverage} classes; trials that train the encoder are scored on {len(held_out):,} held-out ones"
     )
 

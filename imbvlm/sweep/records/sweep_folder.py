@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import pluralize
+from imbvlm.base.formatting import percent, pluralize
 from imbvlm.base.json_file import read_json
 from imbvlm.base.plugins import active_plugins
 from imbvlm.base.yaml_file import parse_yaml
@@ -22,7 +23,7 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
 
 SPLITS = (TEST, POST_HOC)
-BEST_FILE, TEST_FILE = "best.yaml", "test.json"
+BEST_FILE, TEST_FILE, GAP_FILE = "best.yaml", "test.json", "gap.json"
 # Exists from the start of a run until its end, also while a run adds trials to a finished sweep.
 UNFINISHED_FILE = "unfinished"
 # The rules of sweeps that began without these keys: in version 0.1 held-out images score, and the objective selects.
@@ -200,3 +201,51 @@ def read_readings(folder: str) -> dict[str, Any] | None:
 
     fix = f"Remove it; this writes it again with the present time: imbvlm sweep resume {folder}"
     return read_json(storage.join(folder, TEST_FILE), parse, fix)
+
+
+@dataclass(frozen=True)
+class GapReport:
+    """The delivered heads' balanced accuracies over folds at random and of unseen groups, from 0 to 1.
+
+    `interval` is the 95 % interval of the difference; None where groups are too few. `worst` has the groups with the
+    smallest share of right answers: name, images, share.
+    """
+
+    at_random: float
+    of_groups: float
+    interval: tuple[float, float] | None
+    num_groups: int
+    num_classes: int
+    worst: Sequence[tuple[str, int, float]]
+
+    @property
+    def points(self) -> str:
+        """The gap in points, with its interval if it has one."""
+        interval = "" if self.interval is None else f" [{', '.join(f'{100 * end:+.1f}' for end in self.interval)}]"
+        return f"{100 * (self.at_random - self.of_groups):+.1f}{interval}"
+
+    def describe(self) -> str:
+        """A sentence on the gap."""
+        few = "" if self.interval is not None else ", too few for an interval"
+        return (
+            f"heads of the delivered model have balanced {percent(self.of_groups)} on unseen groups and "
+            f"{percent(self.at_random)} over folds at random: {self.points} points, over "
+            f"{pluralize(self.num_groups, 'group')}{few}"
+        )
+
+
+def write_gap(folder: str, report: GapReport) -> None:
+    """Write gap.json into a sweep's folder."""
+    storage.write_bytes(storage.join(folder, GAP_FILE), json.dumps(asdict(report), indent=1).encode())
+
+
+def read_gap(folder: str) -> GapReport | None:
+    """The gap of a sweep's folder; None where it wasn't measured. Raises ImbvlmError for a damaged file."""
+
+    def parse(data: Any) -> GapReport:
+        interval = None if data["interval"] is None else (float(data["interval"][0]), float(data["interval"][1]))
+        worst = tuple((str(name), int(number), float(share)) for name, number, share in data["worst"])
+        return GapReport(**{**data, "interval": interval, "worst": worst})
+
+    fix = f"Remove it; this writes it again: imbvlm sweep resume {folder}"
+    return read_json(storage.join(folder, GAP_FILE), parse, fix)

@@ -23,7 +23,7 @@ from imbvlm.config.trial_config import TrialConfig, option_metric, selected_opti
 from imbvlm.sweep.spec.baselines import encoder_suffix
 from imbvlm.sweep.spec.objectives import best_epoch, running_maximum, violations
 
-TrialKind = Literal["baseline", "search", "confirm", "folds", "refit", "pairs", "delivered"]
+TrialKind = Literal["baseline", "search", "confirm", "folds", "refit", "pairs", "gap", "delivered"]
 TrialState = Literal["running", "paused", "finished", "stopped", "failed", "error"]
 WINNER = "winner"
 # The names of the model that a sweep delivers, and of a blend by seed.

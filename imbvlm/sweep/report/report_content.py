@@ -107,6 +107,7 @@ def build(source: ReportData) -> ReportContent:
             score_tables.scores(source),
             score_tables.blend(source),
             score_tables.margins(source),
+            *score_tables.unseen_groups(source),
             study_tables.fresh_gap(source),
             score_tables.over_seeds(source),
             score_tables.best_trials(source),

@@ -26,7 +26,7 @@ from imbvlm.sweep.records.difference import (
 )
 from imbvlm.sweep.records.quarantine_list import read_quarantine
 from imbvlm.sweep.records.resource_usage import ResourceUsage
-from imbvlm.sweep.records.sweep_folder import read_readings, read_spec
+from imbvlm.sweep.records.sweep_folder import GapReport, read_gap, read_readings, read_spec
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, WINNER, TrialLog, TrialRecord, last_values, name_rank
 from imbvlm.sweep.records.winner_selection import Selection, read_selection
 from imbvlm.sweep.spec.baselines import HEADS
@@ -179,6 +179,11 @@ class ReportData:
     def selection(self) -> Selection | None:
         """What validation has selected; None before, and where the objective selects."""
         return read_selection(self.folder)
+
+    @cached_property
+    def gap(self) -> GapReport | None:
+        """The gap to unseen groups; None where it wasn't measured."""
+        return read_gap(self.folder)
 
     @property
     def members(self) -> tuple[BlendMember, ...]:

@@ -106,6 +106,28 @@ def _gain(left: list[float], right: list[float]) -> str:
     return f"{gain} ± {100 * math.hypot(*spreads):.1f}" if spreads else gain
 
 
+def unseen_groups(source: ReportData) -> list[Table]:
+    """The gap between folds at random and folds of unseen groups, and the worst of these; none where not measured."""
+    gap = source.gap
+    if gap is None:
+        return []
+    heads = ["heads of the delivered model", percent(gap.at_random), percent(gap.of_groups), gap.points]
+    header = ["what", "images at random", "unseen groups", "gap"]
+    few = "" if gap.interval is not None else " They are too few for an interval."
+    caption = (
+        "Percent and points: balanced accuracy over folds of the training images, trained again in each. Both kinds of "
+        f"folds have as many images of each class. Over {gap.num_groups:,} groups and {gap.num_classes:,} classes; the "
+        f"interval resamples groups.{few}"
+    )
+    worst = [[name, f"{number:,}", percent(share)] for name, number, share in gap.worst]
+    return [
+        Table("gap", "On groups that it hasn't seen", header, [heads], caption=caption),
+        Table(
+            "worst_groups", "The worst groups", ["group", "images", "right"], worst, caption="Percent of all images."
+        ),
+    ]
+
+
 def over_seeds(source: ReportData) -> Table:
     """The best few trials over several seeds; without rows if no trial ran with more than one."""
     rows = seeds_rows(source.log, source.spec)

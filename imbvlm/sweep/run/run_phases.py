@@ -24,6 +24,7 @@ from imbvlm.sweep.run.claim_phase import correct_for_size
 from imbvlm.sweep.run.conclude_phase import conclude
 from imbvlm.sweep.run.confirm_phase import confirm, confirm_over_folds
 from imbvlm.sweep.run.extract_phase import extract
+from imbvlm.sweep.run.gap_phase import measure_gap
 from imbvlm.sweep.run.refit_phase import refit
 from imbvlm.sweep.run.search_phase import search
 from imbvlm.sweep.spec.equivalence import untrained_configurations
@@ -64,6 +65,8 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                     _check_interrupted(lease)
                     refit(run)
                     correct_for_size(run)
+                    _check_interrupted(lease)
+                    measure_gap(run)
                     seconds = time.monotonic() - started
             conclude(run, seconds)
     return log

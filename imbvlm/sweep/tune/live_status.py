@@ -19,7 +19,7 @@ MIN_ENDED, MIN_COMPLETE = 3, 2
 SMOOTHING, MAX_WEIGHT = 0.1, 0.5
 LABELS: Mapping[TrialKind, str] = {
     "baseline": "trials", "search": "trials", "confirm": "seeds", "folds": "folds", "refit": "refits",
-    "pairs": "pairs of folds",
+    "pairs": "pairs of folds", "gap": "gap",
 }  # fmt: skip
 WORDS = {"finished": "to their end", "stopped": "stopped early", "failed": "failed", "error": "lost"}
 

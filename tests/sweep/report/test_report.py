@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +34,7 @@ from imbvlm.sweep.records.resource_usage import (
     throughput_key,
 )
 from imbvlm.sweep.records.summary_tables import pareto_records
-from imbvlm.sweep.records.sweep_folder import SweepState
+from imbvlm.sweep.records.sweep_folder import GapReport, SweepState, write_gap
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.records.winner_selection import Selection, write_selection
 from imbvlm.sweep.report.report_content import build
@@ -98,6 +99,24 @@ def test_a_damaged_record_of_the_test_split_is_a_sentence_and_no_traceback(tmp_p
     (folder / "test.json").write_text(damage)
     with pytest.raises(ImbvlmError, match=rf"test.json is damaged .*\. Remove it; .* imbvlm sweep resume {folder}"):
         ReportData.read(str(folder))
+
+
+def test_a_gap_stands_with_the_groups_that_are_worst(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1)
+    assert "unseen groups" not in page_of(folder)
+    gap = GapReport(0.8, 0.701, (0.05, 0.151), 12, 3, (("cam<b>7", 9, 1 / 3), ("cam2", 1200, 0.5)))
+    write_gap(str(folder), gap)
+    text = page_of(folder)
+    for cell in ("80.0", "70.1", "+9.9 [+5.0, +15.1]", "cam&lt;b&gt;7", "33.3", "1,200"):
+        assert f">{cell}<" in text
+    assert "too few for an interval" not in text
+    assert "groups, such as cameras, of which a model has trained on no image" in text
+    write_gap(str(folder), replace(gap, interval=None, num_groups=4))
+    assert "Over 4 groups and 3 classes" in page_of(folder)
+    assert "They are too few for an interval." in page_of(folder)
+    (folder / "gap.json").write_text("{}")
+    with pytest.raises(ImbvlmError, match=rf"gap.json is damaged .*\. Remove it; .* imbvlm sweep resume {folder}"):
+        page_of(folder)
 
 
 def remove_test_images_of_class_0(folder: Path) -> None:

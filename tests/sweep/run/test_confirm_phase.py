@@ -5,32 +5,19 @@ from __future__ import annotations
 import io
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from driven_jobs import Driver, driven
+from driven_jobs import BASELINES, TRIALS, Driver, begun, driven
 from tiny_data import tiny_config, tiny_features
 
-from imbvlm.base.console import Console
-from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.sweep.plan.feasibility import confirm_folds
 from imbvlm.sweep.records.adjustment_selection import logits_file
-from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import confirmed, folds_id
-from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.records.winner_selection import select_winner
 from imbvlm.sweep.run.confirm_phase import confirm_over_folds
-from imbvlm.sweep.run.sweep_run import SweepRun
-from imbvlm.sweep.spec.baselines import feature_key
-from imbvlm.sweep.spec.sweep_spec import SweepSpec
-from imbvlm.sweep.tune.jobs import RunContext
 from imbvlm.training.validation_logits import read_logits
-
-BEST = "val/best_balanced_accuracy"
-TRIALS = {f"t{number:05d}": tiny_config("linear_probe", optim__lr=rate) for number, rate in enumerate((0.01, 0.1, 0.5))}
-BASELINES = {"b00001": tiny_config("zero_shot"), "b00002": tiny_config("class_means")}
 
 
 @pytest.fixture
@@ -41,29 +28,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
     return tiny_features(tmp_path_factory.mktemp("features"))
-
-
-def begun(folder: Path, features: FeatureSet, printed: io.StringIO | None = None, **fields: Any) -> SweepRun:
-    """A sweep whose search has ended, or that goes on with what lies in its folder."""
-    base = {key: value for key, value in tiny_config("linear_probe").to_tree().items() if key != "optim"}
-    space = {"parameters": {"optim.lr": {"loguniform": [0.001, 1.0]}}}
-    spec = SweepSpec.from_tree({"name": "s", "base": base, "space": space, "num_trials": 3, **fields})
-    folder.mkdir(exist_ok=True)
-    spec.to_yaml(folder / "sweep.yaml")
-    sweep, manifest, log = spec.resolve(), Manifest.read(features.manifest), TrialLog.read(str(folder))
-    for number, (trial_id, config) in enumerate({**BASELINES, **TRIALS}.items()):
-        kind: TrialKind = "baseline" if trial_id in BASELINES else "search"
-        epoch = {"epoch": 1.0, "val/balanced_accuracy": number / 10, BEST: number / 10}
-        if trial_id not in log.records:
-            record = TrialRecord(trial_id=trial_id, kind=kind, state="finished", config=config.to_tree())
-            record.started_at, record.ended_at, record.epochs = 0.0, 2.0, [epoch]
-            log.save(record)
-    budget, console = Budget.open(spec, str(folder), 0.0), Console(io.StringIO() if printed is None else printed)
-    folds = confirm_folds(sweep, manifest)
-    context = RunContext(sweep, str(folder), log, console, 1, budget, len(manifest.class_names), folds)
-    run = SweepRun(sweep, manifest, str(folder), log, console, budget, context, (), frozenset(), {}, 1)
-    run.features = {feature_key(config): features for config in (*TRIALS.values(), *BASELINES.values())}
-    return run
 
 
 def logits_of(folder: Path, trial_id: str) -> torch.Tensor:

@@ -1,0 +1,112 @@
+"""The gap phase: the delivered model's heads over folds at random, and over folds of groups that they haven't seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from imbvlm.base import storage
+from imbvlm.base.formatting import pluralize
+from imbvlm.data.folds import deal_folds
+from imbvlm.data.split_power import NUM_FOLDS
+from imbvlm.longtail.group_gap import FoldResults, group_gap, worst_groups
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.sweep.records.adjustment_selection import logits_file
+from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members
+from imbvlm.sweep.records.sweep_folder import GAP_FILE, GapReport, write_gap
+from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
+from imbvlm.sweep.spec.baselines import feature_key
+from imbvlm.sweep.tune.jobs import Job
+from imbvlm.training.validation_logits import RowLogits, read_logits
+
+_SIDES = {"random": True, "groups": False}
+
+
+def measure_gap(run: SweepRun) -> None:
+    """Train the delivered model's heads over both kinds of folds, and write gap.json (docs/protocol.md, Groups)."""
+    if not run.manifest.has_groups or run.num_refits_left:
+        return
+    # Another model may have been delivered before.
+    storage.delete(storage.join(run.folder, GAP_FILE))
+    members = delivered_members(run.folder, run.log, run.spec, run.selection)
+    num_folds = run.num_folds if run.num_folds > 1 else NUM_FOLDS
+    problem = _problem(run, members, num_folds)
+    if problem:
+        run.console.print(f"the gap to unseen groups isn't measured: {problem}")
+        return
+    jobs = [Job(_trial_id(member, side), "gap", member.refit.name, member.refit.config)
+            for member in members for side in _SIDES]  # fmt: skip
+    waiting = run.unfinished(jobs)
+    if waiting:
+        run.console.print(f"measuring the gap to unseen groups: {pluralize(len(waiting), 'run')} over folds")
+        run_fixed_jobs(
+            run,
+            waiting,
+            lambda job: replace(
+                trial_settings(run, job, run.features[feature_key(job.config)]),
+                num_folds=num_folds,
+                folds_at_random=_SIDES[job.trial_id.rpartition("-")[2]],
+                logits_file=logits_file(run.folder, job.trial_id),
+            ),
+            "gap",
+            len(jobs),
+        )
+    results = {side: _fold_results(run, members, num_folds, side) for side in _SIDES}
+    at_random, of_groups = results["random"], results["groups"]
+    if at_random is None or of_groups is None:
+        run.console.print("the gap to unseen groups isn't measured: not all of its runs have ended")
+        return
+    names = run.manifest.table.column("group").to_pylist()
+    gap = group_gap(at_random, of_groups)
+    # A joined group has the name of its first row.
+    worst = [(names[row] or "without a group", total, share) for row, total, share in worst_groups(of_groups)]
+    report = GapReport(gap.at_random, gap.of_groups, gap.interval, gap.num_groups, gap.num_classes, worst)
+    write_gap(run.folder, report)
+    run.console.print(report.describe())
+
+
+def _problem(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int) -> str:
+    """Why the gap can't be measured; empty if nothing speaks against it."""
+    folds = deal_folds(run.manifest.label_rows(), num_folds, run.spec.split_seed)
+    if len(folds.folds) < 2:
+        return "its groups don't give two folds, since no fold may have all images of a class"
+    if any(member.refit.config.reads_images for member in members):
+        return "the delivered model trains in the encoder, and folds take stored features"
+    if not RowLogits.fits(len(folds.val_rows) + len(run.manifest.rows_of("val")), len(run.manifest.class_names)):
+        return "logits of all folds take too much memory"
+    limit = run.budget.exhausted()
+    return f"{limit} is used up" if limit else ""
+
+
+def _trial_id(member: DeliveredMember, side: str) -> str:
+    return f"{member.refit.record.trial_id}-{side}"
+
+
+def _fold_results(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int, side: str) -> FoldResults | None:
+    """What the members' heads together predict for the rows of all folds; None where a run has no logits.
+
+    Heads count as adjusted, without their share of zero-shot logits, which no fold trains.
+    """
+    table = run.manifest.label_rows()
+    assert table.groups is not None, "only manifests with groups have a gap"
+    folds = deal_folds(table, num_folds, run.spec.split_seed, at_random=_SIDES[side])
+    total = torch.zeros(())
+    for member in members:
+        saved = read_logits(logits_file(run.folder, _trial_id(member, side)))
+        logits = None if saved is None else saved.last()
+        if saved is None or logits is None or logits.isnan().any():
+            return None
+        store = run.features[feature_key(member.refit.config)].store("train")
+        readable = table.rows_of("train")[store.ok]
+        rows = np.concatenate([fold.val[np.isin(fold.val, readable)] for fold in folds.folds])
+        of_folds = torch.arange(len(rows))
+        adjustment = replace(member.adjustment or PostHocAdjustment(), alpha=0.0)
+        adjusted = adjustment.apply(logits[: len(rows)].float(), saved.class_counts(of_folds))
+        total = total + member.weight * adjusted / member.temperature
+    labels = table.labels[rows]
+    # A group's id is the number of its first row.
+    _, first, index = np.unique(table.groups, return_index=True, return_inverse=True)
+    return FoldResults(labels, first[index][rows], total.argmax(dim=1).numpy() == labels)
