@@ -538,10 +538,10 @@ def test_texts_of_classes_are_encoded_anew_where_their_file_changes(tmp_path: Pa
     config = trial(tmp_path, tower).with_overrides({"prompts.texts": str(path)})
     for sentences in (["a photo of a thing."], ["another.", "sentence " * 200]):
         path.write_text(json.dumps({name: sentences}))
-        features, said = extract(tmp_path, config, manifest)
+        features, lines = extract(tmp_path, config, manifest)
         stored.append(load_file(features.class_embeddings)["class_embeddings"].clone())
-    assert any(line.startswith("1 of 2 texts are longer than the text tower reads") for line in said)
-    assert any(line.endswith("1 sentence each; 2 texts of 1 class") for line in said)
+    assert any(line.startswith("1 of 2 texts are longer than the text tower reads") for line in lines)
+    assert any(line.endswith("1 sentence each; 2 texts of 1 class") for line in lines)
     plain = load_file(extract(tmp_path, trial(tmp_path, tower), manifest)[0].class_embeddings)["class_embeddings"]
     for tensor in stored:
         assert [not torch.equal(row, other) for row, other in zip(tensor, plain, strict=True)] == [

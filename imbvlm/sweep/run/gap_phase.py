@@ -10,6 +10,7 @@ import torch
 
 from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
+from imbvlm.base.plugin_files import plugin_options
 from imbvlm.data.folds import deal_folds
 from imbvlm.data.split_power import NUM_FOLDS
 from imbvlm.longtail.group_gap import FoldResults, group_gap, worst_groups
@@ -37,8 +38,11 @@ def measure_gap(run: SweepRun) -> None:
     if problem:
         run.console.print(f"the gap to unseen groups isn't measured: {problem}")
         return
-    jobs = [Job(_trial_id(member, side), "gap", member.refit.name, member.refit.config)
-            for member in members for side in _SIDES]  # fmt: skip
+    jobs = [
+        Job(_trial_id(member, side), "gap", member.refit.name, member.refit.config)
+        for member in members
+        for side in _SIDES
+    ]
     waiting = run.unfinished(jobs)
     if waiting:
         run.console.print(f"measuring the gap to unseen groups: {pluralize(len(waiting), 'run')} over folds")
@@ -57,7 +61,10 @@ def measure_gap(run: SweepRun) -> None:
     results = {side: _fold_results(run, members, num_folds, side) for side in _SIDES}
     at_random, of_groups = results["random"], results["groups"]
     if at_random is None or of_groups is None:
-        run.console.print("the gap to unseen groups isn't measured: not all of its runs have ended")
+        run.console.print(
+            "the gap to unseen groups isn't measured: not all of its runs have a result. Lost ones run again with: "
+            f"imbvlm sweep resume {run.folder}{plugin_options()}"
+        )
         return
     names = run.manifest.table.column("group").to_pylist()
     gap = group_gap(at_random, of_groups)
@@ -77,8 +84,7 @@ def _problem(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int) 
         return "the delivered model trains in the encoder, and folds take stored features"
     if not RowLogits.fits(len(folds.val_rows) + len(run.manifest.rows_of("val")), len(run.manifest.class_names)):
         return "logits of all folds take too much memory"
-    limit = run.budget.exhausted()
-    return f"{limit} is used up" if limit else ""
+    return ""
 
 
 def _trial_id(member: DeliveredMember, side: str) -> str:
@@ -86,7 +92,7 @@ def _trial_id(member: DeliveredMember, side: str) -> str:
 
 
 def _fold_results(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int, side: str) -> FoldResults | None:
-    """What the members' heads together predict for the rows of all folds; None where a run has no logits.
+    """The members' predictions together for the rows of all folds; None where a run has no logits.
 
     Heads count as adjusted, without their share of zero-shot logits, which no fold trains.
     """
