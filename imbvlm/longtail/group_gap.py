@@ -74,7 +74,8 @@ class _Cells:
         pairs, cell = np.unique(np.stack([results.labels, results.groups]), axis=1, return_inverse=True)
         cell = cell.ravel()
         total = np.bincount(cell).astype(np.float64)
-        return _Cells(pairs[0], pairs[1], total, np.bincount(cell, weights=results.correct.astype(np.float64)))
+        right = np.bincount(cell, weights=results.correct).astype(np.float64)
+        return _Cells(pairs[0], pairs[1], total, right)
 
 
 def _balanced(sides: list[_Cells], times: Ids | None, num_classes: int) -> tuple[list[float], npt.NDArray[np.bool_]]:
