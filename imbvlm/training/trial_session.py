@@ -262,15 +262,14 @@ class TrialSession:
         # Pinned copies of outputs that the next trial doesn't read would keep their space.
         copied = None if features.cache is None else (outputs, of_test)
         num_folds = 1 if config.reads_images or settings.refit else settings.num_folds
-        kind_of_folds = {"in_pairs": settings.in_pairs, "at_random": settings.folds_at_random}
-        of_folds = (num_folds, *kind_of_folds.values())
-        key = (config.data, config.reads_images, features, settings.refit, of_folds, copied)
+        in_pairs, at_random = settings.in_pairs, settings.folds_at_random
+        key = (config.data, config.reads_images, features, settings.refit, num_folds, in_pairs, at_random, copied)
         if self._opened is None or self._opened.key != key:
             # Released first: this machine may have no space for copies of both.
             self._opened = None
             features, pinned = pin_features(features, outputs, of_test)
             if num_folds > 1:
-                data = TrialData.open_folds(config, features, num_folds, **kind_of_folds)
+                data = TrialData.open_folds(config, features, num_folds, in_pairs=in_pairs, at_random=at_random)
             else:
                 data = (TrialData.open(config, features, refit=settings.refit),)
             self._opened = _Opened(key, features, data, pinned)
