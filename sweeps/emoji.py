@@ -9,7 +9,7 @@ spec = SweepSpec(
         "data": {"manifest": "embedded:emoji_lt"},
         "encoder": {"name": "tinylit_lite0"},
         "method": "linear_probe",
-        "train": {"num_epochs": 12, "batch_size": 128},
+        "train": {"num_epochs": 40, "batch_size": 128},
         # Emoji fill their frame, as the quickstart's photos do.
         "eval": {"resize": 1.0},
     },

@@ -125,7 +125,7 @@ ENCODERS = Registry(
         ),
         "tinylit_lite0": EncoderEntry(
             "tinylit-lite0", None, "small, comes with the package: EfficientNet-Lite0", "open_clip", "apache-2.0",
-            _IMAGENET, 128, {"imagenet_lt": _IMAGENET, "emoji_lt": "its pictures, with their names"},
+            _IMAGENET, 128, {"imagenet_lt": _IMAGENET, "emoji_lt": "these pictures with their names"},
         ),
         "dinov2_vit_s14": _dino(
             "vit_small_patch14_dinov2", "lvd142m", "DINOv2's ViT-S/14, image-only", "apache-2.0", 518

@@ -62,8 +62,8 @@ def hold_out_test_split(manifest: Manifest, share: float, *, seed: int = 0) -> M
 def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
     """Make exactly the rows of these groups the test split; test rows of other groups become training rows.
 
-    A single group that is left for training loses its name, with a note, since validation has to divide it. Raises
-    ImbvlmError for a name that is no group, ManifestError where no training rows are left.
+    Where a single group is left for training, validation has to divide it: the manifest then has no groups, and a note.
+    Raises ImbvlmError for a name that is no group, ManifestError where no training rows are left.
     """
     groups = manifest.table.column("group")
     existing = groups.unique().drop_null().to_pylist()
@@ -78,7 +78,7 @@ def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
     remaining = groups.take(pa.array(divided.rows_of("train"))).unique().to_pylist()
     if len(remaining) > 1 or remaining == [None]:
         return divided
-    column = pc.if_else(pa.array(is_test), groups, pa.scalar(None, groups.type))
+    column = pa.nulls(len(divided), groups.type)
     note = f"all training images are of the group {remaining[0]!r}, so that validation divides it"
     return replace(divided, table=with_column(divided.table, "group", column), notes=(*divided.notes, note))
 

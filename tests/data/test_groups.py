@@ -129,6 +129,7 @@ def test_two_groups_give_two_folds_each_scored_by_a_model_of_the_other() -> None
     assert both[0].rows_of("test").tolist() == both[1].rows_of("train").tolist()
     # With a single group left, validation has to divide it.
     assert "all training images are of the group 'cam1', so that validation divides it" in both[0].notes
+    assert not both[0].has_groups
     assert sorted(deal_folds(both[0].label_rows(), 3, 0).val_rows.tolist()) == both[0].rows_of("train").tolist()
 
 

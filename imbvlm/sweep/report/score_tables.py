@@ -123,7 +123,11 @@ def unseen_groups(source: ReportData) -> list[Table]:
     return [
         Table("gap", "On groups that it hasn't seen", header, [heads], caption=caption),
         Table(
-            "worst_groups", "The worst groups", ["group", "images", "right"], worst, caption="Percent of all images."
+            "worst_groups",
+            "The worst groups",
+            ["group", "images", "right"],
+            worst,
+            caption="Percent of each group's images.",
         ),
     ]
 

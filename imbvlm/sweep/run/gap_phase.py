@@ -77,7 +77,10 @@ def measure_gap(run: SweepRun) -> None:
 
 def _problem(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int) -> str:
     """Why the gap can't be measured; empty if nothing speaks against it."""
-    folds = deal_folds(run.manifest.label_rows(), num_folds, run.spec.split_seed)
+    rows = run.manifest.label_rows()
+    train, folds = rows.rows_of("train"), deal_folds(rows, num_folds, run.spec.split_seed)
+    if rows.groups is not None and len(np.unique(rows.groups[train])) == len(train):
+        return "every training image is a group of its own"
     if len(folds.folds) < 2:
         return "its groups don't give two folds, since no fold may have all images of a class"
     if any(member.refit.config.reads_images for member in members):

@@ -82,9 +82,12 @@ def test_it_is_not_measured_without_groups_or_before_the_refits(tmp_path: Path, 
     assert driver.groups == []
 
 
-def test_groups_that_give_no_folds_are_said(tmp_path: Path) -> None:
-    features, printed = with_cameras(tmp_path / "features", 1), io.StringIO()
+@pytest.mark.parametrize(
+    ("num_groups", "problem"), [(1, "its groups don't give two folds"), (9999, "every training image is a group")]
+)
+def test_groups_that_say_nothing_are_said(tmp_path: Path, num_groups: int, problem: str) -> None:
+    features, printed = with_cameras(tmp_path / "features", num_groups), io.StringIO()
     run = begun(tmp_path / "sweep", features, printed)
     measure_gap(run)
-    assert "the gap to unseen groups isn't measured: its groups don't give two folds" in printed.getvalue()
+    assert f"the gap to unseen groups isn't measured: {problem}" in printed.getvalue()
     assert read_gap(run.folder) is None
