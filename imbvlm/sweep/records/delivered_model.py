@@ -23,6 +23,7 @@ from imbvlm.inference.blend_merging import is_affine
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import at_least_float32
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE, PostHocAdjustment
+from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.sweep.records.adjustment_selection import read_adjustment
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.refit_selection import Refit, refits
@@ -135,7 +136,9 @@ def _save(
     description: Mapping[str, Any],
 ) -> None:
     """Write a record with scores, and results by row and by class; the record has the first member's configuration."""
-    result = _evaluated(logits, rows.labels)
+    tree = description.get("taxonomy")
+    taxonomy = None if tree is None else Taxonomy.from_dict(tree, stats.num_classes)
+    result = _evaluated(logits, rows.labels).with_rank_errors(taxonomy, rows.labels.numpy())
     now = time.time()
     record = TrialRecord(
         trial_id=trial_id,

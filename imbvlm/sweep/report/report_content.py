@@ -105,6 +105,7 @@ def build(source: ReportData) -> ReportContent:
         "study": [] if source.best is None else study_tables.study_tables(source),
         "result": [
             score_tables.scores(source),
+            score_tables.rank_errors(source),
             score_tables.blend(source),
             score_tables.margins(source),
             study_tables.fresh_gap(source),

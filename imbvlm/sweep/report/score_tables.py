@@ -21,6 +21,7 @@ from imbvlm.sweep.records.summary_tables import (
     objective_text,
     pareto_records,
     pareto_rows,
+    rank_rows,
     seeds_rows,
 )
 from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
@@ -54,6 +55,16 @@ def scores(source: ReportData) -> Table | None:
     if source.classes is not None and source.classes.averaged_over:
         caption += f" {source.classes.averaged_over}"
     return Table("scores", "Test split", header, rows, caption=caption)
+
+
+def rank_errors(source: ReportData) -> Table | None:
+    """Errors by rank of the delivered model and the other refits, as exported; None without a taxonomy."""
+    rows = rank_rows([record for refit in source.scored for record in refit.records])
+    caption = (
+        "Percent, means over classes and seeds: images whose predicted class lies in another family, genus and so on "
+        "than their own. The last column is the height of the lowest common ancestor, which is the sum of the errors."
+    )
+    return Table("rank_errors", "Errors by rank", rows[0], rows[1:], caption=caption) if rows else None
 
 
 def blend(source: ReportData) -> Table:
