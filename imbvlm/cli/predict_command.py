@@ -25,6 +25,12 @@ def predict(
     top: Annotated[
         int, typer.Option(metavar="N", min=1, help="number of classes for each image, the most probable first")
     ] = 5,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="text file of the possible classes, one a line, such as a region's species"
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -43,19 +49,27 @@ def predict(
     """Classify images with an exported model."""
     from imbvlm.base import storage
     from imbvlm.base.formatting import pluralize
-    from imbvlm.inference.batch_prediction import MIN_RAY_IMAGES, find_images, limited_top, predictions
+    from imbvlm.inference.batch_prediction import (
+        MIN_RAY_IMAGES,
+        PredictionOptions,
+        find_images,
+        limited_top,
+        predictions,
+    )
+    from imbvlm.inference.possible_classes import read_possible
     from imbvlm.inference.prediction_files import check_out, write_json_lines, write_lines, write_predictions
 
     storage.check_location(model)
     if out:
         check_out(out)
+    options = PredictionOptions(only=read_possible(only) if only else ())
     images = find_images(locations, split)
     use_ray = ray if ray is not None else len(images) >= MIN_RAY_IMAGES
-    num_top, num_bad = limited_top(model, top), 0
+    num_top, num_bad = limited_top(model, top, options), 0
 
     def counted() -> Iterator[Prediction]:
         nonlocal num_bad
-        for prediction in predictions(model, images, num_top, use_ray=use_ray, notify=print_to_stderr):
+        for prediction in predictions(model, images, num_top, use_ray=use_ray, notify=print_to_stderr, options=options):
             num_bad += prediction.error is not None
             yield prediction
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,9 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError, Pixels, decode_picture, picture_pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.features.store_layout import Precision
+from imbvlm.inference.possible_classes import possible_labels
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.training.checkpoint import read_tensors, write_tensors
@@ -155,13 +158,42 @@ class InferenceModule(Network):
 
 
 class Model:
-    """An exported classifier with its encoders, class names, and the preprocessing of each of its inputs."""
+    """An exported classifier with its encoders, class names, and the preprocessing of each of its inputs.
+
+    `taxonomy` is the tree over its classes; None without one.
+    """
+
+    taxonomy: Taxonomy | None = None
 
     def __init__(
         self, network: Network, inputs: Sequence[Preprocess], class_names: tuple[str, ...], device: torch.device
     ) -> None:
         self.network, self.inputs = network.eval(), tuple(inputs)
         self.class_names, self._device = class_names, device
+        self._is_possible = torch.ones(len(class_names), dtype=torch.bool, device=device)
+
+    def with_taxonomy(self, taxonomy: Taxonomy | None) -> Model:
+        """The same model with a tree over its classes."""
+        model = copy.copy(self)
+        model.taxonomy = taxonomy
+        return model
+
+    def limited_to(self, class_names: Iterable[str]) -> Model:
+        """The same model for images of these classes alone, such as a region's species: others have probability 0.
+
+        Raises ImbvlmError for unknown names, with the nearest, and without any name.
+        """
+        names = [class_names] if isinstance(class_names, str) else list(class_names)
+        labels = possible_labels(names, self.class_names)
+        model = copy.copy(self)
+        model._is_possible = torch.zeros_like(self._is_possible)
+        model._is_possible[labels] = True
+        return model
+
+    @property
+    def num_possible(self) -> int:
+        """The number of classes that are predicted."""
+        return int(self._is_possible.sum())
 
     def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
         """Classify one image or several; an unreadable image gets an error in place of classes.
@@ -186,7 +218,7 @@ class Model:
         if not len(crops[0]):
             return []
         probabilities = self.probabilities(*map(torch.from_numpy, crops)).cpu()
-        values, labels = probabilities.topk(min(top, len(self.class_names)), dim=1)
+        values, labels = probabilities.topk(min(top, self.num_possible), dim=1)
         return list(zip(labels.tolist(), values.tolist(), strict=True))
 
     def logits(self, *crops: Tensor) -> Tensor:
@@ -198,7 +230,7 @@ class Model:
 
     def probabilities(self, *crops: Tensor) -> Tensor:
         """Adjusted probabilities (B, C) of crops as `logits` takes them."""
-        return self._run(crops)[1].softmax(dim=1)
+        return self._run(crops)[1].masked_fill(~self._is_possible, -torch.inf).softmax(dim=1)
 
     @torch.inference_mode()
     def _run(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from imbvlm.inference.model_folder import load, write_model
 from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
+from imbvlm.inference.taxonomy_file import write_taxonomy
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.encoders.encoder import Encoder, require_text
 from imbvlm.models.encoders.encoder_factory import create_encoder
@@ -108,6 +109,8 @@ class TrialExport:
             write_model(
                 folder, config, tensors, encoder, names, self._scores(terms.notes), post_hoc, manifest.label_map
             )
+        if manifest.taxonomy is not None:
+            write_taxonomy(folder, manifest.taxonomy)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
         card = CardContext(
             spec=self.spec,

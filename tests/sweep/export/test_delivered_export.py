@@ -155,6 +155,7 @@ def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_
     assert exported.onnx_difference < 1e-3
     model, test = imbvlm.load(tmp_path / "out", "cpu"), Manifest.read(blended.problem.manifest).split("test")
     classes = predicted(model, test)
+    assert model.taxonomy == TREE
     record = blended.record(DELIVERED)
     scored = TestPredictions.read(storage.join(blended.folder, "refits", record.trial_id))
     assert scored is not None
@@ -226,6 +227,7 @@ def test_the_best_single_trial_is_exported_where_it_is_asked_for(blended: MadeSw
     assert exported.name == "t00002"
     assert not (tmp_path / "out" / "blend.yaml").exists()
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    assert imbvlm.load(tmp_path / "out", "cpu").taxonomy == TREE
 
 
 def test_a_blend_without_its_refits_says_how_to_get_them(blended: MadeSweep, tmp_path: Path) -> None:
