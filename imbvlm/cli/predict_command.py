@@ -27,8 +27,13 @@ def predict(
     ] = 5,
     only: Annotated[
         str | None,
+        typer.Option(metavar="FILE", help="text file of the possible classes, one a line, such as a region's species"),
+    ] = None,
+    roll_up: Annotated[
+        float | None,
         typer.Option(
-            metavar="FILE", help="text file of the possible classes, one a line, such as a region's species"
+            metavar="PRECISION",
+            help="add the name at the lowest rank of the taxonomy of whose names so large a share is right",
         ),
     ] = None,
     out: Annotated[
@@ -62,7 +67,7 @@ def predict(
     storage.check_location(model)
     if out:
         check_out(out)
-    options = PredictionOptions(only=read_possible(only) if only else ())
+    options = PredictionOptions(read_possible(only) if only else (), roll_up)
     images = find_images(locations, split)
     use_ray = ray if ray is not None else len(images) >= MIN_RAY_IMAGES
     num_top, num_bad = limited_top(model, top, options), 0
@@ -74,11 +79,11 @@ def predict(
             yield prediction
 
     if out:
-        write_predictions(counted(), out, num_top)
+        write_predictions(counted(), out, num_top, options.columns)
         print(f"{pluralize(len(images), 'row')} written to {out}")
     else:
         write = write_json_lines if as_json else write_lines
-        write(counted(), sys.stdout, num_top)
+        write(counted(), sys.stdout, num_top, options.columns)
         sys.stdout.flush()
     if num_bad:
         where = "; the column error says why" if out else ""

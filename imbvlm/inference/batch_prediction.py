@@ -19,6 +19,7 @@ from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.inference.model_folder import load, model_folder, read_description, read_record
 from imbvlm.inference.possible_classes import possible_labels
 from imbvlm.inference.predictor import Model, Prediction, crops_of_file
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, learn_for
 
 # With fewer images the start of Ray Data's processes takes longer than it saves.
 MIN_RAY_IMAGES = 5_000
@@ -42,13 +43,23 @@ class Images:
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What is asked of a model: `only` has the names of possible classes, by default all."""
+    """The options of a prediction: `only` has the names of possible classes, by default all.
+
+    `roll_up` is the precision of names at ranks of the taxonomy, None without them.
+    """
 
     only: tuple[str, ...] = ()
+    roll_up: float | None = None
 
     def applied_to(self, model: Model) -> Model:
-        """The model as asked for; raises ImbvlmError for names that are none of its classes."""
-        return model.limited_to(self.only) if self.only else model
+        """The model as asked for; raises ImbvlmError as `limited_to` and `rolling_up` do."""
+        model = model.limited_to(self.only) if self.only else model
+        return model if self.roll_up is None else model.rolling_up(self.roll_up)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that predictions have beside their classes."""
+        return () if self.roll_up is None else ("roll_up", "roll_up_rank")
 
 
 PLAIN = PredictionOptions()
@@ -236,9 +247,12 @@ def _in_ray(
 def limited_top(folder: str, top: int, options: PredictionOptions = PLAIN) -> int:
     """`top`, limited to the number of possible classes, so that a table has no empty columns.
 
-    Raises ImbvlmError for names that are none of the model's.
+    Raises ImbvlmError for names that are none of the model's, and for a roll-up that it can't promise.
     """
-    names = read_description(model_folder(folder)).get("class_names")
+    location = model_folder(folder)
+    names = read_description(location).get("class_names")
     if not isinstance(names, list) or not names:
         return top
+    if options.roll_up is not None:
+        learn_for(ModelTaxonomy.read(location, names), options.roll_up)
     return min(top, len(possible_labels(options.only or names, names)))

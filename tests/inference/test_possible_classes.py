@@ -15,8 +15,6 @@ import imbvlm
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.cli import app
 from imbvlm.inference.possible_classes import possible_labels, read_possible
-from imbvlm.inference.taxonomy_file import TAXONOMY_FILE, write_taxonomy
-from imbvlm.longtail.taxonomy import Taxonomy
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +93,3 @@ def test_the_command_predicts_among_the_listed_classes(
     code, rows = predicted(folder, tmp_path, "--only", str(listed))
     assert (code, rows) == (1, [])
     assert "did you mean 'cat'?" in capsys.readouterr().err
-
-
-def test_a_model_has_the_tree_of_its_folder(folder: Path) -> None:
-    assert imbvlm.load(folder, "cpu").taxonomy is None
-    tree = Taxonomy(("kind", "class"), (("pet",), ("pet",), ("wild",)))
-    write_taxonomy(str(folder), tree)
-    try:
-        assert imbvlm.load(folder, "cpu").limited_to("cat").taxonomy == tree
-        (folder / TAXONOMY_FILE).write_text('{"ranks": ["kind", "class"], "lineages": []}')
-        with pytest.raises(ImbvlmError, match=r"taxonomy.json is damaged .*Export the model again"):
-            imbvlm.load(folder, "cpu")
-    finally:
-        (folder / TAXONOMY_FILE).unlink()

@@ -106,6 +106,7 @@ def build(source: ReportData) -> ReportContent:
         "result": [
             score_tables.scores(source),
             score_tables.rank_errors(source),
+            score_tables.roll_up(source, manifest),
             score_tables.blend(source),
             score_tables.margins(source),
             study_tables.fresh_gap(source),

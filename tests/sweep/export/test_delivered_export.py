@@ -18,11 +18,19 @@ from imbvlm.base.yaml_file import read_yaml
 from imbvlm.cli.sweep_listing import compare_text, show_text
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, read_rank_scores
 from imbvlm.longtail.blending import BlendDecision, BlendMember
 from imbvlm.longtail.metrics import per_class_accuracy
+from imbvlm.longtail.roll_up import RankScores
 from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.sweep.export.exporter import export_sweep
-from imbvlm.sweep.records.adjustment_selection import logits_file, select_adjustments, write_post_hoc
+from imbvlm.sweep.records.adjustment_selection import (
+    logits_file,
+    read_validation,
+    select_adjustment,
+    select_adjustments,
+    write_post_hoc,
+)
 from imbvlm.sweep.records.delivered_model import delivered_members, delivered_names, score_delivered
 from imbvlm.sweep.records.provenance import provenance, write_provenance
 from imbvlm.sweep.records.refit_selection import mark_superseded, refits
@@ -220,6 +228,33 @@ def test_errors_by_rank_are_of_the_model_as_exported(blended: MadeSweep) -> None
     assert scores[DELIVERED]["rank_error/family"] == pytest.approx([errors[1]])
     assert all(own["rank_error/species"] == pytest.approx([1 - x for x in own["balanced_accuracy"]])
                for own in scores.values())  # fmt: skip
+
+
+def test_a_roll_up_of_the_export_is_learned_on_validation(blended: MadeSweep, tmp_path: Path) -> None:
+    """By the models of the search; 15 images are too few for 0.95, and enough for a precision of 0.6."""
+    export_sweep(blended.folder, str(tmp_path / "out"))
+    tree = ModelTaxonomy.read(str(tmp_path / "out" / "model"), tuple(f"class {label}" for label in range(5)))
+    assert tree is not None
+    assert isinstance(tree.scores, RankScores)
+    total = torch.zeros(15, 5, dtype=torch.float64)
+    runs, weights = {}, {"t00002": 0.5, "t00001": 0.3, "b00002": 0.2}
+    for trial_id, weight in weights.items():
+        rows = read_validation(blended.folder, blended.log.records[trial_id], blended.log, runs)
+        assert rows is not None
+        # The blend's temperatures stand in for the members' own.
+        total += weight / (1.5 * 0.8) * select_adjustment(rows, blended.spec)[1]
+    expected = RankScores.from_logits(TREE, total, rows.targets)
+    np.testing.assert_allclose(tree.scores.probabilities, expected.probabilities, atol=1e-3)
+    assert (tree.scores.is_right == expected.is_right).mean() > 0.9
+    (table,) = [table for table in build(ReportData.read(blended.folder)).all_tables if table.name == "roll_up"]
+    assert table.header == ["precision", "rank", "validation images", "right", "test images", "right"]
+    reason = "no rank can promise a precision of 0.95: that takes 59 validation images that are all right"
+    assert table.rows[0][1].startswith(reason)
+    folder = storage.join(blended.folder, "refits", blended.record(DELIVERED).trial_id)
+    on_test = read_rank_scores(folder, 3, {})
+    assert on_test.is_right[:, 2].mean() == pytest.approx(
+        blended.record(DELIVERED).epochs[-1]["test/balanced_accuracy"]
+    )
 
 
 def test_the_best_single_trial_is_exported_where_it_is_asked_for(blended: MadeSweep, tmp_path: Path) -> None:
