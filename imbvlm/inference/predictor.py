@@ -201,7 +201,7 @@ class Model:
 
         Raises ImbvlmError for unknown names, with the nearest, and without any name.
         """
-        names = [class_names] if isinstance(class_names, str) else list(class_names)
+        names = [class_names] if isinstance(class_names, str) else [*map(str, class_names)]
         labels = possible_labels(names, self.class_names)
         model = copy.copy(self)
         model._is_possible = torch.zeros_like(self._is_possible)

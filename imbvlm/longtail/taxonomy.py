@@ -56,9 +56,9 @@ class Taxonomy:
         return taxonomy
 
     def describe(self) -> str:
-        """Numbers of taxa by rank, such as `3 order, 10 family, 200 species`."""
+        """Numbers of taxa by rank, such as `order 3, family 10, species 200`."""
         sizes = [*map(len, self.taxa), len(self.lineages)]
-        return ", ".join(f"{size:,} {rank}" for size, rank in zip(sizes, self.ranks, strict=True))
+        return ", ".join(f"{rank} {size:,}" for size, rank in zip(sizes, self.ranks, strict=True))
 
 
 def lineage_findings(taxonomy: Taxonomy, class_names: Sequence[str]) -> list[str]:

@@ -88,7 +88,7 @@ def test_a_right_genus_is_half_a_mistake() -> None:
 def test_codes_and_taxa_are_in_the_order_of_classes() -> None:
     assert CATS.taxa == (("Felidae", "Canidae"), ("Felis", "Lynx", "Canis"))
     assert CATS.codes.tolist() == [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]]
-    assert CATS.describe() == "2 family, 3 genus, 4 species"
+    assert CATS.describe() == "family 2, genus 3, species 4"
 
 
 @settings(max_examples=30, deadline=None)

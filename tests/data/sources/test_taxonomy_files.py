@@ -219,7 +219,7 @@ def test_the_emoji_have_unicodes_groups(tmp_path: Path, capsys: pytest.CaptureFi
     out = str(tmp_path / "emoji.parquet")
     tree = ROOT / "sweeps" / "emoji_tree.csv"
     assert exit_code(["--table", "embedded:emoji_lt", "--taxonomy", str(tree), "-o", out]) == 0
-    assert "taxonomy          8 group, 68 subgroup" in capsys.readouterr().out
+    assert "taxonomy          group 8, subgroup 68" in capsys.readouterr().out
     read, embedded = Manifest.read(out), Manifest.read("embedded:emoji_lt")
     assert read.class_names == embedded.class_names
     assert read.table.select(["bytes", "label", "split"]).equals(embedded.table.select(["bytes", "label", "split"]))
