@@ -76,17 +76,18 @@ def lineage_findings(taxonomy: Taxonomy, class_names: Sequence[str]) -> list[str
             number, above = pluralize(len(names), "ancestor"), ", ".join(ranks[:-1])
             findings.append(f"{name!r} has {number}, and the ranks above the classes are {above}")
         findings += [f"{name!r} has no {rank}" for rank, taxon in zip(ranks, names, strict=False) if not taxon]
-    return findings or _parent_findings(taxonomy)
+    whole = [names for names in dict.fromkeys(lineages) if len(names) == len(ranks) - 1 and all(names)]
+    return [*findings, *_parent_findings(ranks, whole)]
 
 
-def _parent_findings(taxonomy: Taxonomy) -> list[str]:
+def _parent_findings(ranks: Sequence[str], lineages: Sequence[tuple[str, ...]]) -> list[str]:
     """A sentence about each taxon that lies in several."""
     parents: dict[tuple[int, str], dict[str, None]] = {}
-    for names in dict.fromkeys(taxonomy.lineages):
+    for names in lineages:
         for rank in range(1, len(names)):
             parents.setdefault((rank, names[rank]), {})[names[rank - 1]] = None
     return [
-        in_several_places(f"the {taxonomy.ranks[rank]} {name!r}", above)
+        in_several_places(f"the {ranks[rank]} {name!r}", above)
         for (rank, name), above in parents.items()
         if len(above) > 1
     ]

@@ -47,11 +47,13 @@ def test_a_file_of_lineages_and_one_of_parents_are_one_tree(tmp_path: Path) -> N
 
 def test_every_mistake_of_a_file_of_lineages_is_named(tmp_path: Path) -> None:
     text = "species,family,genus\nlynx,Felidae,Lynx\nlynx,Canidae,Lynx\ncatt,Felidae,Felis\nwolf,Canidae\n"
-    assert findings_of(tmp_path, text) == [
+    text += "dog,Canidae,Canis\nfox,Vulpidae,Canis\n"
+    assert findings_of(tmp_path, text, (*CLASSES, "dog", "fox")) == [
         "'catt' is no class; did you mean 'cat'?",
         "'lynx' lies in 'Felidae / Lynx' and in 'Canidae / Lynx'; give it one place, or each of them a name of its own",
         "'cat' has no row; did you mean 'catt'?",
         "'wolf' has no genus",
+        "the genus 'Canis' lies in 'Canidae' and in 'Vulpidae'; give it one place, or each of them a name of its own",
     ]
 
 
