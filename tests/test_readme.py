@@ -100,6 +100,7 @@ RUN_HERE = (
     "guides/plans-and-budgets.md",
     "guides/studies.md",
     "guides/sweeps.md",
+    "guides/taxonomies.md",
 )
 COMPARING, GPU_BOX, S3 = "guides/comparing-encoders.md", "guides/gpu-box.md", "guides/s3-and-clusters.md"
 # Launching has a page of its own, whose commands need a cluster.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, get_args
@@ -57,7 +58,9 @@ def build(
     ] = None,
     table: Annotated[
         list[str] | None,
-        _source(metavar="FILE", help="CSV, TSV, JSON lines or Parquet files, one or more, or a folder of them"),
+        _source(
+            metavar="FILE", help="CSV, TSV, JSON lines or Parquet files, manifests among them, or a folder of them"
+        ),
     ] = None,
     inaturalist: Annotated[
         list[str] | None, _source(metavar="SPLIT=FILE", help="iNaturalist's annotation JSON, one or more")
@@ -81,6 +84,14 @@ def build(
     ] = None,
     categories: Annotated[
         str | None, _reading(metavar="FILE", help="iNaturalist's categories.json, with names and ranks")
+    ] = None,
+    taxonomy: Annotated[
+        str | None,
+        _reading(
+            metavar="TREE",
+            help="the tree over the classes: a CSV of each class and its ancestors, or columns of the table from the "
+            "highest rank on, such as family,genus,species",
+        ),
     ] = None,
     rank: Annotated[
         Rank, _reading(metavar="RANK", help=f"rank of iNaturalist's classes: {', '.join(get_args(Rank))}")
@@ -138,6 +149,7 @@ def build(
     from imbvlm.base import storage
     from imbvlm.data.duplicate_files import mark_duplicates
     from imbvlm.data.imbalance import make_imbalanced
+    from imbvlm.data.manifest import manifest_location
     from imbvlm.data.manifest_schema import SPLITS
     from imbvlm.data.manifest_summary import summary
     from imbvlm.data.sources.benchmarks import build_dataset
@@ -146,6 +158,7 @@ def build(
     from imbvlm.data.sources.inaturalist import from_inaturalist
     from imbvlm.data.sources.manifest_builder import read_class_names
     from imbvlm.data.sources.table_files import from_table
+    from imbvlm.data.sources.taxonomy_files import read_taxonomy
     from imbvlm.data.sources.webdataset import from_shards
     from imbvlm.data.splits import hold_out_test_groups, hold_out_test_split
 
@@ -163,6 +176,11 @@ def build(
                 raise ImbvlmError(
                     f"{option} needs --imbalance-factor, which makes a tail. Add one, or leave {option} out."
                 )
+    tree_file = taxonomy if taxonomy is not None and taxonomy.lower().endswith(".csv") else None
+    if taxonomy is not None and tree_file is None and not table:
+        raise ImbvlmError(
+            f"--taxonomy takes a .csv file, or columns of a --table, got {taxonomy!r}. Write the tree as a CSV file."
+        )
     own_names = read_class_names(class_names) if class_names else None
     if dataset:
         manifest = build_dataset(dataset, root)
@@ -172,7 +190,7 @@ def build(
         paths = _pairs(lists, "--list", SPLITS)
         manifest = from_lists(paths, root, name or _stem(next(iter(paths.values()))), class_names=own_names)
     elif table:
-        tables = _files(table, _TABLE_SUFFIXES)
+        tables = _files([manifest_location(source) for source in table], _TABLE_SUFFIXES)
         manifest = from_table(
             tables,
             root or tables[0].rpartition("/")[0],
@@ -183,6 +201,7 @@ def build(
             },
             class_names=own_names,
             pack_prefix=output.removesuffix(".parquet") + ".images",
+            taxonomy=_columns(taxonomy) if taxonomy and tree_file is None else (),
         )
     elif inaturalist:
         annotations = _pairs(inaturalist, "--inaturalist", SPLITS)
@@ -217,6 +236,8 @@ def build(
         manifest = make_imbalanced(
             manifest, imbalance_factor, shape=tail_shape or "exponential", class_order=order, seed=seed
         )
+    if tree_file is not None:
+        manifest = replace(manifest, taxonomy=read_taxonomy(tree_file, manifest.class_names))
     manifest.write(output)
     print(summary(manifest))
     print(f"\nwritten to {output}; look for mistakes with: imbvlm manifest check {output}")
@@ -323,6 +344,13 @@ def _pairs(values: Sequence[str], option: str, keys: Sequence[str]) -> dict[str,
     if wrong:
         raise ImbvlmError(f"{option} takes {' or '.join(f'{key}=...' for key in keys)}, got {wrong[0]!r}.")
     return {key: name for key, _, name in pairs}
+
+
+def _columns(names: str) -> list[str]:
+    columns = [name.strip() for name in names.split(",")]
+    if not all(columns):
+        raise ImbvlmError(f"--taxonomy takes names of columns between commas, got {names!r}. Leave out empty ones.")
+    return columns
 
 
 def _files(locations: Sequence[str], suffixes: frozenset[str]) -> list[str]:

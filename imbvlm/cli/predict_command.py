@@ -25,6 +25,17 @@ def predict(
     top: Annotated[
         int, typer.Option(metavar="N", min=1, help="number of classes for each image, the most probable first")
     ] = 5,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="text file of the possible classes, one a line, such as a region's species"),
+    ] = None,
+    roll_up: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="add the name at the lowest rank of the taxonomy of whose names so large a share is right",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -43,28 +54,36 @@ def predict(
     """Classify images with an exported model."""
     from imbvlm.base import storage
     from imbvlm.base.formatting import pluralize
-    from imbvlm.inference.batch_prediction import MIN_RAY_IMAGES, find_images, limited_top, predictions
+    from imbvlm.inference.batch_prediction import (
+        MIN_RAY_IMAGES,
+        PredictionOptions,
+        find_images,
+        limited_top,
+        predictions,
+    )
+    from imbvlm.inference.possible_classes import read_possible
     from imbvlm.inference.prediction_files import check_out, write_json_lines, write_lines, write_predictions
 
     storage.check_location(model)
     if out:
         check_out(out)
+    options = PredictionOptions(read_possible(only) if only else (), roll_up)
     images = find_images(locations, split)
     use_ray = ray if ray is not None else len(images) >= MIN_RAY_IMAGES
-    num_top, num_bad = limited_top(model, top), 0
+    num_top, num_bad = limited_top(model, top, options), 0
 
     def counted() -> Iterator[Prediction]:
         nonlocal num_bad
-        for prediction in predictions(model, images, num_top, use_ray=use_ray, notify=print_to_stderr):
+        for prediction in predictions(model, images, num_top, use_ray=use_ray, notify=print_to_stderr, options=options):
             num_bad += prediction.error is not None
             yield prediction
 
     if out:
-        write_predictions(counted(), out, num_top)
+        write_predictions(counted(), out, num_top, options.columns)
         print(f"{pluralize(len(images), 'row')} written to {out}")
     else:
         write = write_json_lines if as_json else write_lines
-        write(counted(), sys.stdout, num_top)
+        write(counted(), sys.stdout, num_top, options.columns)
         sys.stdout.flush()
     if num_bad:
         where = "; the column error says why" if out else ""

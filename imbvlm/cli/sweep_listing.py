@@ -20,6 +20,7 @@ from imbvlm.sweep.records.summary_tables import (
     objective_text,
     pareto_records,
     pareto_table,
+    ranks_lines,
     scores_table,
     search_table,
     seeds_rows,
@@ -69,6 +70,7 @@ def show_text(state: SweepState) -> str:
     if state.scored:
         on_test = delivered_verdict(log, spec.objective)
         parts += ["", scores_table(state.scored, width), *([] if on_test is None else [str(on_test)])]
+        parts += ranks_lines(state.scored, width)
     parts += note_lines(log, spec)
     time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))
     return "\n".join([*parts, *(["", time_and_savings] if time_and_savings else [])])

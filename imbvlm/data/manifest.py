@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +41,11 @@ from imbvlm.data.manifest_schema import (
     type_findings,
 )
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.taxonomy import Taxonomy
 
 METADATA_KEY = b"imbvlm"
 EMBEDDED = "embedded:"
+_MAKE_AGAIN = "Make the manifest again with `imbvlm manifest build`."
 _ROW_GROUP = 65536
 # Limit on a table in memory: a multiple of its file's size, and at least so many bytes. Read in batches of rows.
 _MAX_GROWTH, _MIN_LIMIT_BYTES, _BATCH_ROWS = 200, 1_000_000_000, 1024
@@ -76,6 +79,7 @@ class LabelRows:
     groups: Rows | None
     class_names: tuple[str, ...]
     split_counts: npt.NDArray[np.int64]
+    taxonomy: Taxonomy | None = None
 
     def rows_of(self, split: str) -> Rows:
         """Row numbers of an official split, in manifest order."""
@@ -98,6 +102,7 @@ class Manifest:
     # True where labels came as names, so that the class names can't be in another order than the class ids.
     labeled_by_name: bool = False
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    taxonomy: Taxonomy | None = None
 
     @staticmethod
     def build(
@@ -140,10 +145,10 @@ class Manifest:
 
         Raises ManifestError with every finding, StorageError where the file can't be read.
         """
-        path = _resolve(source)
+        path = manifest_location(source)
         table = _read_parquet(path, None)
         metadata = _metadata(table.schema, source)
-        return Manifest.build(
+        manifest = Manifest.build(
             absolute_uris(table.replace_schema_metadata(None), path),
             metadata.class_names,
             metadata.name or source,
@@ -154,6 +159,7 @@ class Manifest:
             labeled_by_name=metadata.labeled_by_name,
             source=source,
         )
+        return replace(manifest, taxonomy=metadata.tree(source))
 
     def write(self, path: str) -> None:
         """Write as Parquet, whole or not at all; uris below the file's folder become relative, so both can move."""
@@ -166,6 +172,7 @@ class Manifest:
             "label_map": self.label_map,
             "named": self.named,
             "labeled_by_name": self.labeled_by_name,
+            **({} if self.taxonomy is None else {"taxonomy": self.taxonomy.to_dict()}),
         }
         rows = self.table if self.has_groups else self.table.drop_columns(["group"])
         table = relative_uris(rows, path).replace_schema_metadata(
@@ -221,7 +228,9 @@ class Manifest:
     def label_rows(self) -> LabelRows:
         """The part of the manifest that trials read."""
         copies, groups = content_groups(self.table), joined_groups(self.table)
-        return LabelRows(self.labels, self._codes, copies, groups, self.class_names, self._official_counts())
+        return LabelRows(
+            self.labels, self._codes, copies, groups, self.class_names, self._official_counts(), self.taxonomy
+        )
 
     def row_fingerprint(self, split: str) -> str:
         """Hex digest of a split's images: bytes, or uri with a local file's size and modification time."""
@@ -245,17 +254,19 @@ class Manifest:
 
 def label_rows(source: str) -> LabelRows:
     """Read only the part of a manifest that trials read; it was checked when the sweep began."""
-    path = _resolve(source)
+    path = manifest_location(source)
     table = _read_parquet(path, ["uri", "label", "split", "content", "group"])
     metadata = _metadata(table.schema, source)
     counts = None if metadata.split_counts is None else tuple(metadata.split_counts)
-    return Manifest(table, tuple(metadata.class_names), metadata.name or source, counts).label_rows()
+    names, taxonomy = tuple(metadata.class_names), metadata.tree(source)
+    return Manifest(table, names, metadata.name or source, counts, taxonomy=taxonomy).label_rows()
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _resolve(source: str) -> str:
+def manifest_location(source: str) -> str:
+    """The location of a manifest's file, also of an embedded one; raises ImbvlmError for an unknown one of those."""
     return str(manifest_path(source.removeprefix(EMBEDDED))) if source.startswith(EMBEDDED) else source
 
 
@@ -312,7 +323,7 @@ def _read_bounded(file: pq.ParquetFile, columns: list[str] | None, path: str, ma
 
 
 class _Metadata(BaseModel):
-    """A manifest's metadata in its Parquet file; files of version 0.1 lack the last field."""
+    """A manifest's metadata in its Parquet file; files of version 0.1 lack the last two fields."""
 
     model_config = ConfigDict(strict=True)
 
@@ -323,6 +334,14 @@ class _Metadata(BaseModel):
     label_map: dict[str, int] | None = None
     named: bool = True
     labeled_by_name: bool = False
+    taxonomy: dict[str, list[Any]] | None = None
+
+    def tree(self, source: str) -> Taxonomy | None:
+        """The tree over the classes; None without one. Raises ManifestError."""
+        try:
+            return None if self.taxonomy is None else Taxonomy.from_dict(self.taxonomy, len(self.class_names))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(source, [f"its taxonomy can't be read ({error}). {_MAKE_AGAIN}"]) from None
 
 
 def _metadata(schema: pa.Schema, source: str) -> _Metadata:
@@ -335,5 +354,4 @@ def _metadata(schema: pa.Schema, source: str) -> _Metadata:
         return _Metadata.model_validate_json(raw)
     except ValidationError as error:
         findings = metadata_findings(error, METADATA_KEY.decode())
-        fix = "Make the manifest again with `imbvlm manifest build`."
-        raise ManifestError(source, [f"{finding}. {fix}" for finding in findings]) from None
+        raise ManifestError(source, [f"{finding}. {_MAKE_AGAIN}" for finding in findings]) from None

@@ -29,6 +29,7 @@ def summary(manifest: Manifest, *, split_seed: int = 0, num_examples: int = 3) -
     lines = [
         f"manifest          {manifest.name}",
         f"classes           {len(manifest.class_names):,}{'' if manifest.named else ' (without names)'}",
+        *([] if manifest.taxonomy is None else [f"taxonomy          {manifest.taxonomy.describe()}"]),
         *_split_lines(manifest, split_seed),
         *_power_lines(manifest, split_seed),
         f"imbalance factor  {stats.imbalance_factor:,.1f} ({int(stats.counts.max()):,} to "
@@ -67,6 +68,7 @@ def summary_dict(manifest: Manifest, *, split_seed: int = 0) -> dict[str, Any]:
         },
         "notes": [*manifest.notes, *manifest.warnings],
         **_groups_dict(manifest),
+        **({} if manifest.taxonomy is None else {"taxonomy": manifest.taxonomy.to_dict()}),
     }
 
 

@@ -23,6 +23,7 @@ from imbvlm.features.feature_set import FeatureSet, load_tensors
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.model_inputs import ModelInputs
 
 
@@ -75,6 +76,7 @@ class TrialData:
     stored: StoredRows | None = None
     encoder: EncoderConfig | None = None
     official: StoredRows | None = None
+    taxonomy: Taxonomy | None = None
 
     @property
     def model_inputs(self) -> ModelInputs:
@@ -116,6 +118,7 @@ class TrialData:
             warnings=_warnings(table, train_store),
             stored=stored,
             encoder=features.encoder or config.encoder,
+            taxonomy=table.taxonomy,
         )
 
     @staticmethod

@@ -17,7 +17,9 @@ from imbvlm.data.images.decoding import Pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
 from imbvlm.inference.model_folder import load, model_folder, read_description, read_record
+from imbvlm.inference.possible_classes import possible_labels
 from imbvlm.inference.predictor import Model, Prediction, crops_of_file
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, learn_for
 
 # With fewer images the start of Ray Data's processes takes longer than it saves.
 MIN_RAY_IMAGES = 5_000
@@ -37,6 +39,30 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """The options of a prediction: `only` has the names of possible classes, by default all.
+
+    `roll_up` is the precision of names at ranks of the taxonomy, None without them.
+    """
+
+    only: tuple[str, ...] = ()
+    roll_up: float | None = None
+
+    def applied_to(self, model: Model) -> Model:
+        """The model as asked for; raises ImbvlmError as `limited_to` and `rolling_up` do."""
+        model = model.limited_to(self.only) if self.only else model
+        return model if self.roll_up is None else model.rolling_up(self.roll_up)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that predictions have beside their classes."""
+        return () if self.roll_up is None else ("roll_up", "roll_up_rank")
+
+
+PLAIN = PredictionOptions()
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,13 @@ def _files(location: str) -> list[str]:
 
 
 def predictions(
-    folder: str, images: Images, top: int, *, use_ray: bool, notify: Callable[[str], None]
+    folder: str,
+    images: Images,
+    top: int,
+    *,
+    use_ray: bool,
+    notify: Callable[[str], None],
+    options: PredictionOptions = PLAIN,
 ) -> Iterator[Prediction]:
     """Predict all images in order, in this process or through Ray Data on every GPU or CPU.
 
@@ -126,9 +158,9 @@ def predictions(
     if the model can't be loaded or would prepare images differently than in training.
     """
     if use_ray:
-        yield from _in_ray(folder, images, top, notify)
+        yield from _in_ray(folder, images, top, options, notify)
         return
-    model = load(folder)
+    model = options.applied_to(load(folder))
     worker = ModelWorker(model, top)
     for block in _blocks(images, model.inputs):
         yield from worker(load_crops(block)).predictions
@@ -161,11 +193,13 @@ class ModelWorker:
         return PredictedBlock(block.start, predicted)
 
 
-def make_model_worker(folder: str, top: int, num_threads: int, use_gpu: bool) -> ModelWorker:
+def make_model_worker(
+    folder: str, top: int, options: PredictionOptions, num_threads: int, use_gpu: bool
+) -> ModelWorker:
     """Load an exported model in a worker's process."""
     if not use_gpu:
         torch.set_num_threads(num_threads)
-    return ModelWorker(load(folder, "cuda" if use_gpu else "cpu"), top)
+    return ModelWorker(options.applied_to(load(folder, "cuda" if use_gpu else "cpu")), top)
 
 
 def _blocks(images: Images, inputs: tuple[Preprocess, ...]) -> Iterator[PredictionBlock]:
@@ -175,7 +209,9 @@ def _blocks(images: Images, inputs: tuple[Preprocess, ...]) -> Iterator[Predicti
         yield PredictionBlock(start, some, inputs)
 
 
-def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]) -> Iterator[Prediction]:
+def _in_ray(
+    folder: str, images: Images, top: int, options: PredictionOptions, notify: Callable[[str], None]
+) -> Iterator[Prediction]:
     # Imported here, since a handful of images needs no cluster.
     from imbvlm.ray_runtime.connection import ray_session
     from imbvlm.ray_runtime.image_pipeline import map_images
@@ -194,7 +230,7 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
             blocks,
             load_crops,
             make_model_worker,
-            (location, top, threads, use_gpu),
+            (location, top, options, threads, use_gpu),
             images_per_block=BLOCK_SIZE,
             num_encoder_workers=num_encoder_workers,
             notify=notify,
@@ -208,7 +244,15 @@ def _in_ray(folder: str, images: Images, top: int, notify: Callable[[str], None]
                 written += BLOCK_SIZE
 
 
-def limited_top(folder: str, top: int) -> int:
-    """`top`, limited to the number of the model's classes, so that a table has no empty columns."""
-    names = read_description(model_folder(folder)).get("class_names")
-    return min(top, len(names)) if isinstance(names, list) and names else top
+def limited_top(folder: str, top: int, options: PredictionOptions = PLAIN) -> int:
+    """`top`, limited to the number of possible classes, so that a table has no empty columns.
+
+    Raises ImbvlmError for names that are none of the model's, and for a roll-up that it can't promise.
+    """
+    location = model_folder(folder)
+    names = read_description(location).get("class_names")
+    if not isinstance(names, list) or not names:
+        return top
+    if options.roll_up is not None:
+        learn_for(ModelTaxonomy.read(location, names), options.roll_up)
+    return min(top, len(possible_labels(options.only or names, names)))

@@ -35,6 +35,7 @@ from imbvlm.inference.model_parts import (
 )
 from imbvlm.inference.model_record import BLEND_FORMAT, SINGLE_FORMAT, ModelRecord
 from imbvlm.inference.predictor import InferenceModule, LogitPostprocessor, Model
+from imbvlm.inference.taxonomy_file import ModelTaxonomy
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.model_builder import restore_model
 from imbvlm.training.checkpoint import MODEL_FILE, read_tensors, write_tensors
@@ -91,7 +92,8 @@ def load(folder: str | Path, device: str | torch.device | None = None, *, plugin
     with local_copy(location) as local:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         read = load_blend if description["format"] == BLEND_FORMAT else _load
-        return read(local, location, description, device)
+        model = read(local, location, description, device)
+    return model.with_taxonomy(ModelTaxonomy.read(location, model.class_names))
 
 
 def model_folder(folder: str) -> str:

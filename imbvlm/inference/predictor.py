@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,11 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError, Pixels, decode_picture, picture_pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.features.store_layout import Precision
+from imbvlm.inference.possible_classes import possible_labels
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, RolledUp, learn_for
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.longtail.roll_up import RollUp
+from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.training.checkpoint import read_tensors, write_tensors
@@ -37,13 +42,17 @@ _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, the best first; `error` is the reason if there are none."""
+    """The most probable classes of one image, the best first; `error` is the reason if there are none.
+
+    `roll_up` is the name at the lowest rank that is sure enough, of a model that rolls up.
+    """
 
     source: str
     class_names: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     probabilities: tuple[float, ...] = ()
     error: str | None = None
+    roll_up: RolledUp | None = None
 
     @property
     def ranked(self) -> list[tuple[str, float]]:
@@ -162,6 +171,47 @@ class Model:
     ) -> None:
         self.network, self.inputs = network.eval(), tuple(inputs)
         self.class_names, self._device = class_names, device
+        self._is_possible = torch.ones(len(class_names), dtype=torch.bool, device=device)
+        self._tree: ModelTaxonomy | None = None
+        self._roll_up: RollUp | None = None
+
+    @property
+    def taxonomy(self) -> Taxonomy | None:
+        """The tree over the classes; None without one."""
+        return None if self._tree is None else self._tree.taxonomy
+
+    def with_taxonomy(self, tree: ModelTaxonomy | None) -> Model:
+        """The same model with a tree over its classes."""
+        model = copy.copy(self)
+        model._tree = tree
+        return model
+
+    def rolling_up(self, precision: float) -> Model:
+        """The same model, whose predictions also have the name at the lowest rank of the taxonomy that is sure enough.
+
+        Of what is named at a rank, at least a share `precision` is right, as validation images show at 95 %. Raises
+        ImbvlmError where no rank can promise it, with the reason.
+        """
+        model = copy.copy(self)
+        model._roll_up = learn_for(self._tree, precision)
+        return model
+
+    def limited_to(self, class_names: Iterable[str]) -> Model:
+        """The same model for images of these classes alone, such as a region's species: others have probability 0.
+
+        Raises ImbvlmError for unknown names, with the nearest, and without any name.
+        """
+        names = [class_names] if isinstance(class_names, str) else [*map(str, class_names)]
+        labels = possible_labels(names, self.class_names)
+        model = copy.copy(self)
+        model._is_possible = torch.zeros_like(self._is_possible)
+        model._is_possible[labels] = True
+        return model
+
+    @property
+    def num_possible(self) -> int:
+        """The number of classes that are predicted."""
+        return int(self._is_possible.sum())
 
     def predict(self, images: ImageLike | Iterable[ImageLike], top: int = 5) -> list[Prediction]:
         """Classify one image or several; an unreadable image gets an error in place of classes.
@@ -182,12 +232,14 @@ class Model:
 
     def classify(self, crops: Sequence[Pixels], top: int = 5) -> list[tuple[list[int], list[float]]]:
         """Labels and probabilities of the most probable classes, the best first, of each input's crops (B, ...)."""
-        top = _checked_top(top)
-        if not len(crops[0]):
-            return []
-        probabilities = self.probabilities(*map(torch.from_numpy, crops)).cpu()
-        values, labels = probabilities.topk(min(top, len(self.class_names)), dim=1)
+        values, labels = self._all_probabilities(crops).topk(min(_checked_top(top), self.num_possible), dim=1)
         return list(zip(labels.tolist(), values.tolist(), strict=True))
+
+    def _all_probabilities(self, crops: Sequence[Pixels]) -> Tensor:
+        """Probabilities (B, C) on the CPU; of no crops none."""
+        if not len(crops[0]):
+            return torch.empty(0, len(self.class_names))
+        return self.probabilities(*map(torch.from_numpy, crops)).cpu()
 
     def logits(self, *crops: Tensor) -> Tensor:
         """Logits (B, C) before adjustments; those of a blend have its members' adjustments.
@@ -198,7 +250,7 @@ class Model:
 
     def probabilities(self, *crops: Tensor) -> Tensor:
         """Adjusted probabilities (B, C) of crops as `logits` takes them."""
-        return self._run(crops)[1].softmax(dim=1)
+        return self._run(crops)[1].masked_fill(~self._is_possible, -torch.inf).softmax(dim=1)
 
     @torch.inference_mode()
     def _run(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -243,17 +295,23 @@ class Model:
         self, sources: Sequence[str], crops: Sequence[Pixels], reasons: Sequence[str | None], top: int
     ) -> list[Prediction]:
         """A prediction for each source: its error if it has a reason, else the classes of each input's next crops."""
-        classified = iter(self.classify(crops, top))
+        probabilities = self._all_probabilities(crops)
+        values, labels = probabilities.topk(min(top, self.num_possible), dim=1)
+        rolled_up: Sequence[RolledUp | None] = [None] * len(probabilities)
+        if self._tree is not None and self._roll_up is not None:
+            rolled_up = self._tree.rolled_up(self._roll_up, probabilities.double().numpy())
+        rows = iter(zip(labels.tolist(), values.tolist(), rolled_up, strict=True))
         return [
-            self._prediction(source, *next(classified)) if reason is None else Prediction(source, error=reason)
+            self._prediction(source, *next(rows)) if reason is None else Prediction(source, error=reason)
             for source, reason in zip(sources, reasons, strict=True)
         ]
 
-    def _prediction(self, source: str, labels: Sequence[int], probabilities: Sequence[float]) -> Prediction:
+    def _prediction(
+        self, source: str, labels: Sequence[int], probabilities: Sequence[float], rolled_up: RolledUp | None
+    ) -> Prediction:
         """Labels with their names."""
-        return Prediction(
-            source, tuple(self.class_names[label] for label in labels), tuple(labels), tuple(probabilities)
-        )
+        names = tuple(self.class_names[label] for label in labels)
+        return Prediction(source, names, tuple(labels), tuple(probabilities), roll_up=rolled_up)
 
 
 def crops_of(preprocess: Preprocess, image: Pixels | Image.Image) -> Pixels:

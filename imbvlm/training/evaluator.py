@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.metrics import CalibrationBins, ClassCounters, predictions
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.longtail.taxonomy import Taxonomy, rank_errors
 from imbvlm.longtail.worker_group import SINGLE_WORKER, WorkerGroup
 from imbvlm.models.classifier import ZeroShotClassifier
 from imbvlm.training.step.batch_source import Batch, BatchSource, Index, to_device
@@ -32,7 +33,7 @@ class EvalResult:
     """The evaluation of a split: per-class counts, confidence bins, and every example's predicted class (N,).
 
     The class is -1 for an unreadable image. `adjusted` is the evaluation of adjusted logits, if any. `logits` (N, C)
-    are NaN for an unreadable image; None where they weren't kept.
+    are NaN for an unreadable image; None where they weren't kept. `rank_errors` are those of a taxonomy, if any.
     """
 
     counters: ClassCounters
@@ -40,10 +41,17 @@ class EvalResult:
     predicted: Tensor
     adjusted: EvalResult | None = None
     logits: Tensor | None = None
+    rank_errors: dict[str, float] = field(default_factory=dict)
 
     def metrics(self, stats: ClassStats) -> dict[str, float]:
-        """Accuracies, loss, macro precision, recall and F1, and calibration error by their plain names."""
-        return self.counters.compute(stats) | self.counters.macro_scores() | self.bins.compute()
+        """Accuracies, loss, macro scores, calibration error, and errors by rank, by their plain names."""
+        return self.counters.compute(stats) | self.counters.macro_scores() | self.bins.compute() | self.rank_errors
+
+    def with_rank_errors(self, taxonomy: Taxonomy | None, labels: Index) -> EvalResult:
+        """The result with its errors by rank of examples with labels (N,); unchanged without a taxonomy."""
+        if taxonomy is None:
+            return self
+        return replace(self, rank_errors=rank_errors(taxonomy, labels, self.predicted.numpy()))
 
 
 class LogitAdjuster:
@@ -165,8 +173,9 @@ class Evaluator:
             plain.add(logits, batch.labels, batch.examples)
             if adjust is not None:
                 adjusted.add(adjust(logits, batch.examples), batch.labels, batch.examples)
-        result = plain.result(self.workers)
-        return result if adjust is None else replace(result, adjusted=adjusted.result(self.workers))
+        evaluated = [part.result(self.workers) for part in ([plain] if adjust is None else [plain, adjusted])]
+        result, *others = [each.with_rank_errors(self.data.taxonomy, examples.labels) for each in evaluated]
+        return replace(result, adjusted=others[0]) if others else result
 
     def all_views(self, forward: Forward, examples: StoredRows, width: int) -> Tensor:
         """Outputs (N * V, width) of every view of every example, an example's views in consecutive rows.

@@ -21,10 +21,12 @@ MAX_ROWS = 4
 
 
 def per_class_results(run: TrialRun, scored: dict[str, tuple[RowSource, EvalResult]]) -> dict[str, Any]:
-    """Plain data of a trained run: class names and counts, and the results of each scored split."""
+    """Plain data of a trained run: class names, taxonomy and counts, and the results of each scored split."""
+    taxonomy = run.data.taxonomy
     return {
         "format": FORMAT,
         "class_names": list(run.data.class_names),
+        **({} if taxonomy is None else {"taxonomy": taxonomy.to_dict()}),
         "tower": run.data.info.weights_fingerprint,
         "split_counts": run.data.class_stats.split_counts.tolist(),
         "class_counts": run.data.class_stats.counts.tolist(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
+from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.model_builder import stored_outputs
 
 CLASS_COUNTS = (30, 12, 6, 3, 0)
@@ -36,7 +38,9 @@ def encoded_image(label: int, seed: int) -> bytes:
     return stream.getvalue()
 
 
-def image_manifest(folder: Path, *, files: bool = False, bad: tuple[int, ...] = ()) -> str:
+def image_manifest(
+    folder: Path, *, files: bool = False, bad: tuple[int, ...] = (), taxonomy: Taxonomy | None = None
+) -> str:
     """Write a manifest, its images embedded or as files; `bad` rows have something else in their place."""
     labels = np.concatenate(
         [np.repeat(range(5), CLASS_COUNTS), np.repeat(range(5), PER_CLASS), np.repeat(range(5), PER_CLASS)]
@@ -52,7 +56,8 @@ def image_manifest(folder: Path, *, files: bool = False, bad: tuple[int, ...] = 
     else:
         columns["bytes"] = contents
     path = folder / "manifest.parquet"
-    Manifest.build(pa.table(columns), [f"class {label}" for label in range(5)], "tiny images").write(str(path))
+    manifest = Manifest.build(pa.table(columns), [f"class {label}" for label in range(5)], "tiny images")
+    replace(manifest, taxonomy=taxonomy).write(str(path))
     return str(path)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +17,11 @@ from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.manifest import Manifest, ManifestError
 from imbvlm.data.manifest_schema import is_utf8
 from imbvlm.data.sources.manifest_builder import class_id
+from imbvlm.longtail.taxonomy import Taxonomy
 
 RANKS = ("species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory")
+# Those that are nested, the highest first.
+_TREE = RANKS[-2::-1]
 NAMES = ("scientific", "common")
 _FIX = "; give iNaturalist's own annotation file"
 
@@ -56,7 +61,7 @@ def from_inaturalist(
     `categories` is the file with the names and ranks of the numbers in the annotations of 2018 and 2019. Without names
     the classes have their ids, and the manifest is marked as unnamed. `rank` joins species into a higher class; `names`
     is `scientific` or `common`; `group_by` is the images' field with their group, such as `location` in camera traps.
-    Raises ManifestError, StorageError.
+    The taxonomy is that of the categories where all have every rank. Raises ManifestError, StorageError.
     """
     if rank not in RANKS:
         raise ManifestError(name, [f"rank {rank!r} is not known; {suggest_name(rank, RANKS)}"])
@@ -74,14 +79,15 @@ def from_inaturalist(
     label_of, class_names = _classes(taxa, rank, names, where)
     read = {split: _rows(file, split, root, label_of, annotations[split], group_by) for split, file in files.items()}
     parts = [table for table, _ in read.values()]
-    notes = [
+    taxonomy, notes = _taxonomy(taxa, rank, label_of, class_names)
+    notes += [
         f"{pluralize(number, 'annotation')} of {annotations[split]} left out: the file lists no image of that id"
         for split, (_, number) in read.items()
         if number
     ]
     ids = sorted(label_of)
     mapped = rank != "species" or ids != list(range(len(ids)))
-    return Manifest.build(
+    manifest = Manifest.build(
         pa.concat_tables(parts),
         class_names,
         name,
@@ -91,6 +97,7 @@ def from_inaturalist(
         named=not all(text.removeprefix("class ").isdigit() for text in class_names),
         source=", ".join(annotations.values()),
     )
+    return replace(manifest, taxonomy=taxonomy)
 
 
 def _load_json(path: str) -> Any:
@@ -137,6 +144,37 @@ def _classes(taxa: list[dict[str, Any]], rank: str, names: str, source: str) -> 
         )
     groups = sorted({str(taxon[rank]) for taxon in taxa})
     return {int(taxon["id"]): groups.index(str(taxon[rank])) for taxon in taxa}, groups
+
+
+def _taxonomy(
+    taxa: list[dict[str, Any]], rank: str, label_of: Mapping[int, int], class_names: Sequence[str]
+) -> tuple[Taxonomy | None, list[str]]:
+    """The ranks above the classes, None without them, and a note where they are no tree.
+
+    Nature has taxa of one name in several places, such as Oenanthe, birds and plants. Each is named with its parent.
+    """
+    ranks = [name for name in _TREE if RANKS.index(name) > RANKS.index(rank)]
+    lacking = [str(taxon["id"]) for taxon in taxa if not all(taxon.get(name) for name in ranks)]
+    if not ranks or len(lacking) == len(taxa):
+        return None, []
+    if lacking:
+        return None, [f"no taxonomy: {len(lacking):,} categories lack a rank, such as {lacking[0]}"]
+    paths: dict[int, set[tuple[str, ...]]] = {}
+    for taxon in taxa:
+        paths.setdefault(label_of[int(taxon["id"])], set()).add(tuple(str(taxon[name]) for name in ranks))
+    divided = [class_names[label] for label, lineages in paths.items() if len(lineages) > 1]
+    if divided:
+        return None, [f"no taxonomy: {divided[0]!r} lies in several places, as do {len(divided) - 1:,} other classes"]
+    above = {names[:level] for lineages in paths.values() for names in lineages for level in range(1, len(ranks) + 1)}
+    homonyms = {key for key, count in Counter((len(path), path[-1]) for path in above).items() if count > 1}
+    lineages = []
+    for _, (names,) in sorted(paths.items()):
+        lineage: list[str] = []
+        for name in names:
+            is_homonym = (len(lineage) + 1, name) in homonyms
+            lineage.append(f"{name} ({lineage[-1]})" if is_homonym else name)
+        lineages.append(tuple(lineage))
+    return Taxonomy((*ranks, rank), tuple(lineages)), []
 
 
 def _name(taxon: Mapping[str, Any], names: str) -> str:

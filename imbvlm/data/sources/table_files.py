@@ -8,6 +8,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from imbvlm.base.csv_cells import ESCAPED
 from imbvlm.base.errors import suggest_name
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.files.byte_ranges import ContainerWriter
-from imbvlm.data.manifest import Manifest, ManifestError
+from imbvlm.data.manifest import METADATA_KEY, Manifest, ManifestError
 from imbvlm.data.manifest_schema import metadata_findings, type_findings
 from imbvlm.data.sources.manifest_builder import assemble, below_root, folders_of, split_of_file
+from imbvlm.data.sources.taxonomy_files import taxonomy_of_rows
 
 # Usual names of each column, the most likely first; groups are read only where they are asked for.
 COLUMNS: Mapping[str, Sequence[str]] = {
@@ -55,16 +57,19 @@ def from_table(
     columns: Mapping[str, str] | None = None,
     class_names: Sequence[str] | None = None,
     pack_prefix: str | None = None,
+    taxonomy: Sequence[str] = (),
 ) -> Manifest:
     """Build a manifest from one or several tables; relative paths in them are below `root`.
 
     `columns` names the table's columns for uri, label, split and bytes if they don't have their usual names, and the
     column of groups if there is one. Without a split column the split is in the files' names; the default is training.
     Embedded images stay in the manifest while they are small, and else go to pack files `<pack_prefix>-00000.pack`.
-    Raises ManifestError.
+    `taxonomy` names the columns with the ancestors of classes, the highest rank first, and may end with that of the
+    label. Raises ManifestError.
     """
     root = storage.absolute(root)
-    rows = _Rows(name, ContainerWriter(pack_prefix, MAX_EMBEDDED_BYTES), reads_names=class_names is None)
+    pack = ContainerWriter(pack_prefix, MAX_EMBEDDED_BYTES)
+    rows = _Rows(name, pack, reads_names=class_names is None, ranks=taxonomy)
     for path in paths:
         for table in _batches(path):
             rows.add(table, path, columns or {})
@@ -75,7 +80,7 @@ def from_table(
     uris = [None if uri is None else below_root(uri, root) for uri in rows.uris]
     has_ids = bool(labels) and isinstance(labels[0], int)
     folders = folders_of([uri or "" for uri in rows.uris], np.array(labels, np.int64)) if has_ids else {}
-    return assemble(
+    manifest = assemble(
         name,
         labels,
         rows.splits,
@@ -88,13 +93,19 @@ def from_table(
         notes=rows.notes,
         source=source,
     )
+    if not taxonomy:
+        return manifest
+    ranks = taxonomy if rows.class_rank else [*taxonomy, "class"]
+    return replace(
+        manifest, taxonomy=taxonomy_of_rows(ranks, rows.lineages, manifest.labels, manifest.class_names, source)
+    )
 
 
 class _Rows:
     """Columns collected from the tables of a source."""
 
-    def __init__(self, name: str, pack: ContainerWriter, *, reads_names: bool) -> None:
-        self.name, self.pack, self.reads_names = name, pack, reads_names
+    def __init__(self, name: str, pack: ContainerWriter, *, reads_names: bool, ranks: Sequence[str] = ()) -> None:
+        self.name, self.pack, self.reads_names, self.ranks = name, pack, reads_names, ranks
         self.uris: list[str | None] = []
         # In the types of each part of a table: only all of them show whether labels are ids or names.
         self.labels: list[pa.ChunkedArray] = []
@@ -102,11 +113,14 @@ class _Rows:
         self.groups: list[str | None] | None = None
         self.notes: list[str] = []
         self.class_names: list[str] | None = None
+        # The ancestors of each row's class; the last rank is that of the classes if its column has the labels.
+        self.lineages: list[tuple[str, ...]] = []
+        self.class_rank = False
 
     def add(self, table: pa.Table, path: str, selected: Mapping[str, str]) -> None:
-        names = _find_columns(table, path, selected)
+        names = _find_columns(table, path, selected, self.ranks)
         if self.reads_names and self.class_names is None:
-            self.class_names = _hub_class_names(table.schema, names["label"], path)
+            self.class_names = _stored_class_names(table.schema, names["label"], path)
         problems = _empty_findings(table, [names[kind] for kind in ("label", "split") if kind in names])
         if path.lower().endswith((".csv", ".tsv")):
             texts = [names[kind] for kind in ("uri", "label", "split", "group") if kind in names]
@@ -121,9 +135,16 @@ class _Rows:
             self._split_by_file(path, table.num_rows)
         if "group" in names:
             self.groups = [*(self.groups or ()), *_texts(table, names["group"], path).to_pylist()]
+        self._add_lineages(table, path, names["label"])
         uris, data = _images(table, names, path)
         self.uris += uris
         self.pack.add(data if data is not None else [None] * table.num_rows)
+
+    def _add_lineages(self, table: pa.Table, path: str, label: str) -> None:
+        self.class_rank = bool(self.ranks) and self.ranks[-1] == label
+        above = self.ranks[:-1] if self.class_rank else self.ranks
+        columns = [pc.fill_null(_texts(table, rank, path), "").to_pylist() for rank in above]
+        self.lineages += zip(*columns, strict=True) if columns else [()] * table.num_rows
 
     def _split_by_file(self, path: str, num_rows: int) -> None:
         split = split_of_file(path)
@@ -133,8 +154,8 @@ class _Rows:
         self.splits += [split or "train"] * num_rows
 
 
-def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str]) -> dict[str, str]:
-    """The table's name of each column in COLUMNS, as far as it has it; raises ManifestError."""
+def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str], ranks: Sequence[str]) -> dict[str, str]:
+    """The table's name of each column in COLUMNS, as far as it has it; raises ManifestError, also without a rank's."""
     present, problems = table.column_names, []
     fields = dict(zip(present, table.schema, strict=True))
     names = {}
@@ -143,6 +164,11 @@ def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str]) -> di
             names[kind] = column
         else:
             problems.append(f"there is no column {column!r} for {kind}; {suggest_name(column, present)}")
+    problems += [
+        f"there is no column {rank!r} for --taxonomy; {suggest_name(rank, present)}"
+        for rank in ranks
+        if rank not in present
+    ]
     lower = {name.lower(): name for name in reversed(present)}
     for kind, candidates in COLUMNS.items():
         usable = [lower[name] for name in candidates if name in lower and _fits(kind, fields[lower[name]].type)]
@@ -152,9 +178,10 @@ def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str]) -> di
         problems.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
     if not {"uri", "bytes"} & names.keys() and not {"uri", "bytes"} & selected.keys():
         problems.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
-    repeated = sorted({name for name in names.values() if present.count(name) > 1})
+    read = {*names.values(), *(rank for rank in ranks if rank in present)}
+    repeated = sorted(name for name in read if present.count(name) > 1)
     problems += [f"{present.count(name)} columns are called {name!r}; rename all but one" for name in repeated]
-    problems += type_findings(table.schema, set(names.values()) - set(repeated))
+    problems += type_findings(table.schema, read - set(repeated))
     if problems:
         raise ManifestError(path, problems)
     return names
@@ -260,17 +287,24 @@ class _HubMetadata(BaseModel):
     info: _Info = _Info()
 
 
-def _hub_class_names(schema: pa.Schema, label: str, path: str) -> list[str] | None:
-    """Class names in the Hugging Face metadata of a Parquet file; raises ManifestError."""
-    raw = (schema.metadata or {}).get(b"huggingface")
-    if not raw:
+class _OwnMetadata(BaseModel):
+    class_names: list[str]
+
+
+def _stored_class_names(schema: pa.Schema, label: str, path: str) -> list[str] | None:
+    """Class names in a Parquet file's own metadata, those of a manifest or of Hugging Face; raises ManifestError."""
+    metadata = schema.metadata or {}
+    key = next((key for key in (METADATA_KEY, b"huggingface") if metadata.get(key)), None)
+    if key is None:
         return None
     try:
-        features = _HubMetadata.model_validate_json(raw).info.features
+        if key == METADATA_KEY:
+            return _OwnMetadata.model_validate_json(metadata[key]).class_names
+        features = _HubMetadata.model_validate_json(metadata[key]).info.features
         return _Feature.model_validate(features.get(label, {})).names or None
     except ValidationError as error:
         fix = "list the classes by --class-names to skip it"
-        findings = metadata_findings(error, "huggingface")
+        findings = metadata_findings(error, key.decode())
         raise ManifestError(path, [f"{finding}; {fix}" for finding in findings]) from None
 
 

@@ -25,7 +25,7 @@ from imbvlm.sweep.records.difference import (
     title_in,
     verdict_on_test,
 )
-from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
+from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS, rank_cells, rank_metrics
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, describe_trial, last_values
 from imbvlm.sweep.records.winner_selection import describe_claim, read_selection
 from imbvlm.sweep.report.rendering import environment
@@ -82,6 +82,7 @@ def model_card(card: CardContext) -> str:
         what=describe_trial(card.record),
         stats=manifest.class_stats(),
         table=[["what", "seeds", *HEADINGS], *scores] if card.refits else on_validation,
+        rank_table=_rank_table(rows),
         has_adjusted_baseline=any(split == POST_HOC for title, _, split in rows if title.startswith("baseline")),
         verdict=None if is_baseline else _verdict(card),
         members=_members(card),
@@ -165,6 +166,13 @@ def _rows(card: CardContext) -> list[tuple[str, Sequence[TrialRecord], str]]:
 
 def _scores(records: Sequence[TrialRecord], split: str) -> list[list[float]]:
     return [last_values(records, f"{split}/{metric}") for metric in METRICS]
+
+
+def _rank_table(rows: Sequence[tuple[str, Sequence[TrialRecord], str]]) -> list[list[str]]:
+    """Errors by rank of the scored models under a heading; none without a taxonomy."""
+    metrics = rank_metrics(record for _, records, _ in rows for record in records)
+    cells = [[title, *rank_cells(records, split, metrics)] for title, records, split in rows] if metrics else []
+    return [["what", *metrics.values()], *cells] if cells else []
 
 
 def _metadata(card: CardContext, rows: Sequence[tuple[str, Sequence[TrialRecord], str]]) -> str:

@@ -25,6 +25,7 @@ from imbvlm.inference.model_folder import load, write_model
 from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
+from imbvlm.inference.taxonomy_file import ModelTaxonomy
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.models.encoders.class_texts import read_class_texts
 from imbvlm.models.encoders.encoder import Encoder, require_text
@@ -33,6 +34,7 @@ from imbvlm.models.encoders.text_prompts import class_embeddings, class_sentence
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
 from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_adjustments
+from imbvlm.sweep.records.delivered_model import DeliveredMember, validation_rank_scores
 from imbvlm.sweep.records.provenance import check_class_texts, check_encoder_weights, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
@@ -63,6 +65,20 @@ def write_best(folder: str, record: TrialRecord, manifest: str) -> str:
     uri = storage.join(folder, BEST_FILE)
     storage.write_bytes(uri, dump_yaml(best_config(record, manifest).to_tree()).encode())
     return uri
+
+
+def write_tree(
+    folder: str,
+    manifest: Manifest,
+    sweep_folder: str,
+    log: TrialLog,
+    spec: SweepSpec,
+    members: Sequence[DeliveredMember],
+) -> None:
+    """Write the tree of a manifest, if it has one, into a model's folder, with what its members' roll-up needs."""
+    if manifest.taxonomy is not None:
+        scores = validation_rank_scores(sweep_folder, log, spec, members, manifest.taxonomy)
+        ModelTaxonomy(manifest.taxonomy, manifest.class_names, scores).write(folder)
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,9 @@ class TrialExport:
             write_model(
                 folder, config, tensors, encoder, names, self._scores(terms.notes), post_hoc, manifest.label_map
             )
+        refit = Refit(self.refit_name or self.record.trial_id, self.record, config, (self.spec.refit_seeds[0],))
+        member = DeliveredMember(refit, None if post_hoc is None else post_hoc.adjustment)
+        write_tree(folder, manifest, self.folder, self.log, self.spec, [member])
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
         card = CardContext(
             spec=self.spec,

@@ -92,6 +92,7 @@ def _of_its_classes(sample: Manifest) -> Manifest:
         class_names=tuple(names[label] for label in labels),
         split_counts=tuple(counts[labels].tolist()),
         label_map=None,
+        taxonomy=None,
     )
 
 

@@ -20,12 +20,15 @@ from imbvlm.base import storage
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.inference.blend_merging import is_affine
+from imbvlm.inference.taxonomy_file import write_rank_scores
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import at_least_float32
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE, PostHocAdjustment
-from imbvlm.sweep.records.adjustment_selection import read_adjustment
+from imbvlm.longtail.roll_up import RankScores
+from imbvlm.longtail.taxonomy import Taxonomy
+from imbvlm.sweep.records.adjustment_selection import read_adjustment, read_validation
 from imbvlm.sweep.records.difference import refits_of
-from imbvlm.sweep.records.refit_selection import Refit, refits
+from imbvlm.sweep.records.refit_selection import Refit, confirmed, refits
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import Selection
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -105,6 +108,28 @@ def score_delivered(
     return None
 
 
+def validation_rank_scores(
+    folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[DeliveredMember], taxonomy: Taxonomy
+) -> RankScores | str:
+    """Scores by rank of the rows that chose a model, by the models of the search, which did not train on them.
+
+    Returns the reason where there are none.
+    """
+    runs, first, total = confirmed(log, spec), None, torch.zeros(())
+    for member in members:
+        adjustment = member.adjustment or PostHocAdjustment()
+        rows = read_validation(folder, member.refit.record, log, runs)
+        if rows is None or (adjustment.alpha and rows.zero_shot is None):
+            return f"the sweep has no validation scores of {member.refit.record.trial_id}"
+        first = first or rows
+        if not (torch.equal(rows.targets, first.targets) and torch.equal(rows.saved.folds, first.saved.folds)):
+            return "its members were validated on different images"
+        logits = adjustment.apply(rows.logits, rows.class_counts, rows.zero_shot)
+        total = total + member.weight / member.temperature * logits
+    assert first is not None, "a model has a member"
+    return RankScores.from_logits(taxonomy, total, first.targets)
+
+
 def _add(
     totals: Sequence[Tensor],
     folder: str,
@@ -135,7 +160,9 @@ def _save(
     description: Mapping[str, Any],
 ) -> None:
     """Write a record with scores, and results by row and by class; the record has the first member's configuration."""
-    result = _evaluated(logits, rows.labels)
+    tree = description.get("taxonomy")
+    taxonomy = None if tree is None else Taxonomy.from_dict(tree, stats.num_classes)
+    result = _evaluated(logits, rows.labels).with_rank_errors(taxonomy, rows.labels.numpy())
     now = time.time()
     record = TrialRecord(
         trial_id=trial_id,
@@ -149,6 +176,8 @@ def _save(
     )
     own_folder = _refit_folder(folder, record)
     replace(rows, predicted={TEST: result.predicted}).write(own_folder)
+    if taxonomy is not None and name == DELIVERED:
+        write_rank_scores(own_folder, RankScores.from_logits(taxonomy, logits, rows.labels), {})
     results = {TEST: split_results(rows.labels.numpy(), rows.rows.numpy(), result)}
     write_per_class_results(own_folder, {**description, "splits": results})
     log.save(record)

@@ -187,6 +187,8 @@ def _written(folder: str) -> dict[str, Any] | None:
 def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if before["data"] != now["data"]:
         return ["the manifest's rows, labels, splits or groups have changed"]
+    if before.get("taxonomy") != now.get("taxonomy"):
+        return ["the manifest's taxonomy has changed"]
     # The first versions did not write this digest.
     is_same = before.get("files", now["files"]) == now["files"]
     return [] if is_same else ["image files are gone, or have changed in size"]
@@ -197,7 +199,11 @@ def _change(was_there: bool, is_there: bool) -> str:
 
 
 def _of_data(manifest: Manifest) -> dict[str, str]:
-    return {"data": _data_digest(manifest), "files": _sizes_digest(manifest)}
+    digests = {"data": _data_digest(manifest), "files": _sizes_digest(manifest)}
+    if manifest.taxonomy is None:
+        return digests
+    tree = json.dumps(manifest.taxonomy.to_dict()).encode()
+    return {**digests, "taxonomy": hashlib.blake2b(tree, digest_size=16).hexdigest()}
 
 
 def _data_digest(manifest: Manifest) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,11 +15,13 @@ from imbvlm.config.encoder_entries import score_notes
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.split_power import resolve_folds, validation_rows
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in
+from imbvlm.longtail.taxonomy import LCA_HEIGHT, RANK_ERROR
+from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in, values_in
 from imbvlm.sweep.records.provenance import data_name
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values, name_rank
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.training.test_predictions import TEST
 
 METRICS = ("top1_accuracy", "balanced_accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy")
 HEADINGS = ("overall", "balanced", "many", "medium", "few")
@@ -226,3 +230,35 @@ def scores_table(scored: list[TrialRecord], width: int = UNLIMITED) -> str:
             rows.append([title_in(name, split), views, str(len(records)), *values])
     title = "test split, read once, after refitting on all training images (%; ± is the standard deviation over seeds):"
     return f"{title}\n{table(['what', 'views', 'seeds', *HEADINGS], rows, width)}"
+
+
+def rank_metrics(records: Iterable[TrialRecord]) -> dict[str, str]:
+    """The metrics of a taxonomy that records have, with their headings, from the classes up; {} without a taxonomy."""
+    keys = dict.fromkeys(key for record in records if record.epochs for key in record.epochs[-1])
+    prefix = f"{TEST}/{RANK_ERROR}"
+    ranks = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    return {**{f"{RANK_ERROR}{rank}": rank for rank in ranks}, LCA_HEIGHT: "height"} if ranks else {}
+
+
+def rank_cells(records: Sequence[TrialRecord], split: str, metrics: Mapping[str, str]) -> list[str]:
+    """Errors by rank in percent and the mean height, over seeds; dashes where a model was scored without a taxonomy."""
+    *errors, heights = [values_in(records, split, metric) for metric in metrics]
+    spread = f" ± {statistics.stdev(heights):.2f}" if len(heights) > 1 else ""
+    return [*map(mean_std, errors), f"{statistics.fmean(heights):.2f}{spread}" if heights else "-"]
+
+
+def rank_rows(scored: Sequence[TrialRecord]) -> list[list[str]]:
+    """A heading, and each model's errors by rank on the test split as it is exported; empty without a taxonomy."""
+    metrics, rows = rank_metrics(scored), []
+    for name in sorted(dict.fromkeys(record.name for record in scored), key=name_rank) if metrics else ():
+        records = [record for record in scored if record.name == name and record.epochs]
+        split = splits_of(records)[-1]
+        rows.append([title_in(name, split), *rank_cells(records, split, metrics)])
+    return [["what", *metrics.values()], *rows] if rows else []
+
+
+def ranks_lines(scored: Sequence[TrialRecord], width: int = UNLIMITED) -> list[str]:
+    """The rows of `rank_rows` as lines of text after an empty one; none without a taxonomy."""
+    header, *rows = rank_rows(scored) or [[]]
+    title = "errors by rank on the test split (%, means over classes), and height of the lowest common ancestor:"
+    return ["", title, table(header, rows, width)] if rows else []

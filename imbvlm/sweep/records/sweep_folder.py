@@ -17,7 +17,7 @@ from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import read_spent
 from imbvlm.sweep.records.difference import splits_of
 from imbvlm.sweep.records.provenance import data_size, require_sweep_plugins
-from imbvlm.sweep.records.summary_tables import METRICS, encoder_notes, pareto_records
+from imbvlm.sweep.records.summary_tables import METRICS, encoder_notes, pareto_records, rank_metrics
 from imbvlm.sweep.records.trial_log import DELIVERED, SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values, name_rank
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
@@ -161,8 +161,9 @@ class SweepState:
 
     def _scores(self, names: Sequence[str], split: str) -> dict[str, dict[str, list[float]]]:
         """The metrics of all seeds by refit and metric; refits without scores are absent."""
+        metrics = (*METRICS, *rank_metrics(self.scored))
         scores = {
-            name: {metric: values for metric in METRICS if (values := self.test_values(name, metric, split))}
+            name: {metric: values for metric in metrics if (values := self.test_values(name, metric, split))}
             for name in names
         }
         return {name: values for name, values in scores.items() if values}

@@ -105,6 +105,8 @@ def build(source: ReportData) -> ReportContent:
         "study": [] if source.best is None else study_tables.study_tables(source),
         "result": [
             score_tables.scores(source),
+            score_tables.rank_errors(source),
+            score_tables.roll_up(source, manifest),
             score_tables.blend(source),
             score_tables.margins(source),
             *score_tables.unseen_groups(source),

@@ -10,8 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import duration, mean_std, percent
+from imbvlm.data.manifest import Manifest
+from imbvlm.inference.taxonomy_file import RANK_SCORES_FILE, ModelTaxonomy, learn_for, read_rank_scores
 from imbvlm.longtail.metrics import per_class_accuracy
+from imbvlm.longtail.roll_up import RankScores
+from imbvlm.sweep.records.delivered_model import delivered_members, validation_rank_scores
 from imbvlm.sweep.records.difference import ALL_SPLITS, splits_of, title_in
 from imbvlm.sweep.records.resource_usage import throughput_key
 from imbvlm.sweep.records.summary_tables import (
@@ -21,6 +27,7 @@ from imbvlm.sweep.records.summary_tables import (
     objective_text,
     pareto_records,
     pareto_rows,
+    rank_rows,
     seeds_rows,
 )
 from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
@@ -28,6 +35,8 @@ from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import PerClassResults, ReportData
 from imbvlm.training.test_predictions import POST_HOC
 
+# Precisions whose roll-up is shown.
+PRECISIONS = (0.95, 0.9)
 NUM_BEST = 12
 NUM_CLASSES = 8
 NUM_PAIRS = 12
@@ -54,6 +63,63 @@ def scores(source: ReportData) -> Table | None:
     if source.classes is not None and source.classes.averaged_over:
         caption += f" {source.classes.averaged_over}"
     return Table("scores", "Test split", header, rows, caption=caption)
+
+
+def rank_errors(source: ReportData) -> Table | None:
+    """Errors by rank of the delivered model and the other refits, as exported; None without a taxonomy."""
+    rows = rank_rows([record for refit in source.scored for record in refit.records])
+    caption = (
+        "Percent, means over classes and seeds: images whose predicted class lies in another family, genus and so on "
+        "than their own. The last column is the height of the lowest common ancestor, which is the sum of the errors."
+    )
+    return Table("rank_errors", "Errors by rank", rows[0], rows[1:], caption=caption) if rows else None
+
+
+def roll_up(source: ReportData, manifest: Manifest | str) -> Table | None:
+    """Shares of images that the delivered model names at each rank, by precision; None without a taxonomy."""
+    taxonomy = None if isinstance(manifest, str) else manifest.taxonomy
+    if taxonomy is None or source.delivered is None:
+        return None
+    members = delivered_members(source.folder, source.log, source.spec, source.selection)
+    scores = validation_rank_scores(source.folder, source.log, source.spec, members, taxonomy)
+    on_test = _rank_scores_on_test(source, len(taxonomy.ranks))
+    splits = {"validation images": scores, "test images": on_test}
+    shown = {name: split for name, split in splits.items() if isinstance(split, RankScores) and len(split)}
+    rows = []
+    for precision in PRECISIONS:
+        try:
+            thresholds = learn_for(ModelTaxonomy(taxonomy, (), scores), precision)
+        except ImbvlmError as error:
+            rows.append([percent(precision), str(error).partition(". ")[0], *["-"] * (2 * len(shown))])
+            continue
+        columns = [_shares(*thresholds.counts(split), len(split)) for split in shown.values()]
+        for number, rank in enumerate((*taxonomy.ranks[::-1], "none")):
+            rows.append([percent(precision), rank, *(cell for column in columns for cell in column[number])])
+    caption = (
+        "Percent. An image is named at the lowest rank whose most probable taxon passes the rank's threshold. At "
+        "least so large a share of the names of each rank is right, at 95 % confidence, for images that come as those "
+        "of validation. The models that scored these have not trained on them, and test images chose nothing. "
+        "`imbvlm predict --roll-up` names images this way."
+    )
+    header = ["precision", "rank", *(cell for name in shown for cell in (name, "right"))]
+    return Table("roll_up", "Roll-up", header, rows, 2, caption)
+
+
+def _rank_scores_on_test(source: ReportData, num_ranks: int) -> RankScores | None:
+    """The delivered model's scores of the test split; None in sweeps without them."""
+    delivered = source.delivered
+    folder = "" if delivered is None else storage.join(source.folder, "refits", delivered.records[0].trial_id)
+    has_scores = storage.exists(storage.join(folder, RANK_SCORES_FILE))
+    return read_rank_scores(folder, num_ranks, {}) if has_scores else None
+
+
+def _shares(named: list[int], right: list[int], num_rows: int) -> list[tuple[str, str]]:
+    """The share of rows named at each rank, and of those that are right, from the classes up, then those without."""
+    shares = [
+        (percent(number / num_rows), percent(correct / number) if number else "-")
+        for number, correct in zip(named[::-1], right[::-1], strict=True)
+    ]
+    return [*shares, (percent(1 - sum(named) / num_rows), "")]
 
 
 def blend(source: ReportData) -> Table:

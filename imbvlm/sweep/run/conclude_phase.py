@@ -17,6 +17,7 @@ from imbvlm.sweep.records.summary_tables import (
     note_lines,
     pareto_records,
     pareto_table,
+    ranks_lines,
     scores_table,
     search_table,
     verdict,
@@ -109,6 +110,8 @@ def _print_scores(run: SweepRun, data: ReportData) -> None:
         echo("\n".join([scores_table(shown, run.console.width), *note_lines(run.log, run.spec)]))
         if data.verdict_on_test is not None:
             echo(str(data.verdict_on_test))
+        for line in ranks_lines(shown, run.console.width):
+            echo(line)
         if data.classes is not None and data.classes.averaged_over:
             echo(data.classes.averaged_over)
     if "test" not in run.manifest.splits:

@@ -18,10 +18,19 @@ from imbvlm.base.yaml_file import read_yaml
 from imbvlm.cli.sweep_listing import compare_text, show_text
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, read_rank_scores
 from imbvlm.longtail.blending import BlendDecision, BlendMember
 from imbvlm.longtail.metrics import per_class_accuracy
+from imbvlm.longtail.roll_up import RankScores
+from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.sweep.export.exporter import export_sweep
-from imbvlm.sweep.records.adjustment_selection import logits_file, select_adjustments, write_post_hoc
+from imbvlm.sweep.records.adjustment_selection import (
+    logits_file,
+    read_validation,
+    select_adjustment,
+    select_adjustments,
+    write_post_hoc,
+)
 from imbvlm.sweep.records.delivered_model import delivered_members, delivered_names, score_delivered
 from imbvlm.sweep.records.provenance import provenance, write_provenance
 from imbvlm.sweep.records.refit_selection import mark_superseded, refits
@@ -36,6 +45,7 @@ from imbvlm.training.trial_session import TrialSession, TrialSettings
 
 OBJECTIVE = "val/balanced_accuracy"
 SEEDS = [0, 1]
+TREE = Taxonomy(("order", "family", "species"), (("a", "b"), ("a", "b"), ("a", "c"), ("d", "e"), ("d", "e")))
 CANDIDATES: list[tuple[str, TrialKind, str, str, dict[str, Any]]] = [
     ("b00001", "baseline", "zero-shot", "zero_shot", {}),
     ("b00002", "baseline", "linear probe", "linear_probe", {"optim__lr": 0.05}),
@@ -109,7 +119,7 @@ class MadeSweep:
 
 
 def made_sweep(home: Path, **fields: Any) -> MadeSweep:
-    problem = TinyImages(home)
+    problem = TinyImages(home, taxonomy=TREE)
     base = problem.config("linear_probe").to_tree()
     space = {"parameters": {"optim.lr": {"loguniform": [0.01, 0.5]}}}
     tree = {"name": "made", "base": base, "space": space, "refit_seeds": SEEDS, "storage": str(home / "runs"), **fields}
@@ -153,6 +163,7 @@ def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_
     assert exported.onnx_difference < 1e-3
     model, test = imbvlm.load(tmp_path / "out", "cpu"), Manifest.read(blended.problem.manifest).split("test")
     classes = predicted(model, test)
+    assert model.taxonomy == TREE
     record = blended.record(DELIVERED)
     scored = TestPredictions.read(storage.join(blended.folder, "refits", record.trial_id))
     assert scored is not None
@@ -171,6 +182,8 @@ def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "A blend of 3 of 2 trials and 2 baselines" in card
     assert "| b00002 | linear probe | 0.2 | 1.2 |" in card
+    assert "| what | species | family | order | height |" in card
+    assert f"| this model | {100 * (1 - value):.1f} |" in card
     assert str(blended.problem.folder) not in card, "a card is published"
     members = read_yaml(tmp_path / "out" / "blend.yaml").data["members"]
     assert [(member["trial"], member["weight"]) for member in members] == [
@@ -190,11 +203,66 @@ def test_each_seed_of_a_blend_is_scored_and_the_comparison_is_of_seeds(blended: 
     assert set(state.to_dict()["test"]) >= {DELIVERED, BLEND, "winner", "linear probe"}
 
 
+def test_errors_by_rank_are_of_the_model_as_exported(blended: MadeSweep) -> None:
+    """By hand: classes 0 and 1 are one family, 2 is of their order, 3 and 4 are of the other."""
+    record = blended.record(DELIVERED)
+    rows = TestPredictions.read(storage.join(blended.folder, "refits", record.trial_id))
+    assert rows is not None
+    pairs = list(zip(rows.labels.tolist(), rows.predicted["test"].tolist(), strict=True))
+    families, orders = "bbcee", "aaadd"
+    wrong = [[label != other for label, other in pairs]]
+    wrong += [[names[label] != names[other] for label, other in pairs] for names in (families, orders)]
+    # Each class has three test images, so that the mean over classes is that over images.
+    errors = [float(np.mean(row)) for row in wrong]
+    epoch = record.epochs[-1]
+    keys = ["test/rank_error/species", "test/rank_error/family", "test/rank_error/order"]
+    assert [epoch[key] for key in keys] == pytest.approx(errors)
+    assert epoch["test/lca_height"] == pytest.approx(sum(errors))
+    (table,) = [table for table in build(ReportData.read(blended.folder)).all_tables if table.name == "rank_errors"]
+    assert table.header == ["what", "species", "family", "order", "height"]
+    assert table.rows[0] == [DELIVERED, *(f"{100 * error:.1f}" for error in errors), f"{sum(errors):.2f}"]
+    assert len(table.rows) == len({own.name for own in SweepState.read(blended.folder).scored})
+    state = SweepState.read(blended.folder)
+    assert "errors by rank on the test split" in show_text(state)
+    scores = state.to_dict()["test"]
+    assert scores[DELIVERED]["rank_error/family"] == pytest.approx([errors[1]])
+    assert all(own["rank_error/species"] == pytest.approx([1 - x for x in own["balanced_accuracy"]])
+               for own in scores.values())  # fmt: skip
+
+
+def test_a_roll_up_of_the_export_is_learned_on_validation(blended: MadeSweep, tmp_path: Path) -> None:
+    """By the models of the search; 15 images are too few for 0.95, and enough for a precision of 0.6."""
+    export_sweep(blended.folder, str(tmp_path / "out"))
+    tree = ModelTaxonomy.read(str(tmp_path / "out" / "model"), tuple(f"class {label}" for label in range(5)))
+    assert tree is not None
+    assert isinstance(tree.scores, RankScores)
+    total = torch.zeros(15, 5, dtype=torch.float64)
+    runs, weights = {}, {"t00002": 0.5, "t00001": 0.3, "b00002": 0.2}
+    for trial_id, weight in weights.items():
+        rows = read_validation(blended.folder, blended.log.records[trial_id], blended.log, runs)
+        assert rows is not None
+        # The blend's temperatures stand in for the members' own.
+        total += weight / (1.5 * 0.8) * select_adjustment(rows, blended.spec)[1]
+    expected = RankScores.from_logits(TREE, total, rows.targets)
+    np.testing.assert_allclose(tree.scores.probabilities, expected.probabilities, atol=1e-3)
+    assert (tree.scores.is_right == expected.is_right).mean() > 0.9
+    (table,) = [table for table in build(ReportData.read(blended.folder)).all_tables if table.name == "roll_up"]
+    assert table.header == ["precision", "rank", "validation images", "right", "test images", "right"]
+    reason = "no rank can promise a precision of 0.95: that takes 59 validation images that are all right"
+    assert table.rows[0][1].startswith(reason)
+    folder = storage.join(blended.folder, "refits", blended.record(DELIVERED).trial_id)
+    on_test = read_rank_scores(folder, 3, {})
+    assert on_test.is_right[:, 2].mean() == pytest.approx(
+        blended.record(DELIVERED).epochs[-1]["test/balanced_accuracy"]
+    )
+
+
 def test_the_best_single_trial_is_exported_where_it_is_asked_for(blended: MadeSweep, tmp_path: Path) -> None:
     (exported,) = export_sweep(blended.folder, str(tmp_path / "out"), single=True)
     assert exported.name == "t00002"
     assert not (tmp_path / "out" / "blend.yaml").exists()
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    assert imbvlm.load(tmp_path / "out", "cpu").taxonomy == TREE
 
 
 def test_a_blend_without_its_refits_says_how_to_get_them(blended: MadeSweep, tmp_path: Path) -> None:

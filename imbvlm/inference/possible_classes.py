@@ -1,0 +1,40 @@
+"""Lists of the classes that are possible, such as a region's species, among which a model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError, printable, suggest_name
+
+# Names whose nearest class is sought, which takes long.
+MAX_SUGGESTED = 20
+
+
+def read_possible(path: str) -> tuple[str, ...]:
+    """The class names in a text file, one a line; raises ImbvlmError for an empty one, StorageError."""
+    try:
+        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ImbvlmError(f"{path} must be UTF-8, and byte {error.start} isn't. Save it as UTF-8.") from None
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise ImbvlmError(f"{path} must list the possible classes, one a line, and is empty. List one or more.")
+    return names
+
+
+def possible_labels(names: Collection[str], class_names: Sequence[str]) -> list[int]:
+    """The labels of possible classes in ascending order; classes of one name are all possible.
+
+    Raises ImbvlmError with every unknown name and its nearest, and without any name.
+    """
+    if not names:
+        raise ImbvlmError("a model needs a possible class, got none. List one or more.")
+    classes, wanted = set(class_names), set(names)
+    unknown = [name for name in dict.fromkeys(names) if name not in classes]
+    if unknown:
+        clauses = [f"{printable(name)!r}: {suggest_name(name, classes)}" for name in unknown[:MAX_SUGGESTED]]
+        clauses += [repr(printable(name)) for name in unknown[MAX_SUGGESTED:]]
+        rule = "possible classes must be classes of the model, and these are none. Correct or remove them."
+        raise ImbvlmError("\n  ".join([rule, *clauses]))
+    return [label for label, name in enumerate(class_names) if name in wanted]
