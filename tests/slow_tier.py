@@ -1,7 +1,7 @@
 """Pack the slow tests into parts of at most 20 minutes, by measured seconds, and run one.
 
 python -m tests.slow_tier plan             list the parts
-python -m tests.slow_tier run [--part N]   run a part in this process; by default the hour chooses it
+python -m tests.slow_tier run [--part N]   run a part; by default the hour chooses it
 python -m tests.slow_tier measure [FILES]  run slow tests file by file and write their seconds
 python -m tests.slow_tier record [XML...]  write the seconds that pytest's --junit-xml files contain
 """
@@ -20,8 +20,6 @@ from collections.abc import Iterable
 from math import fsum
 from pathlib import Path
 from xml.etree import ElementTree
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = Path(__file__).with_name("slow_seconds.json")
@@ -83,46 +81,48 @@ def pack(seconds: dict[str, float]) -> list[list[str]]:
     return [sorted(part) for part in parts]
 
 
-class PartReport:
-    """A pytest plugin: starts no unit after MAX_START_SECONDS, and lists left-out units and skipped tests."""
+def run_tests(target: str, xml: Path) -> bool:
+    """Run the slow tests of a file or unit in a process of their own, and return whether all passed."""
+    command = [sys.executable, "-m", "pytest", "-m", "slow and not gpu", f"--junit-xml={xml}", target]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
-    def __init__(self) -> None:
-        self.started_at = time.monotonic()
-        self.started: set[str] = set()
-        self.left_out: dict[str, None] = {}
-        self.skipped: list[str] = []
 
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        unit = unit_of(item.nodeid)
-        if unit not in self.started:
-            if time.monotonic() - self.started_at > MAX_START_SECONDS:
-                self.left_out[unit] = None
-                # True tells pytest that the test has been run.
-                return True
-            self.started.add(unit)
-        return None
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.skipped:
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-            self.skipped.append(f"{report.nodeid}: {reason.removeprefix('Skipped: ')}")
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        minutes = MAX_START_SECONDS // 60
-        for title, names in ((f"left out after {minutes} minutes", self.left_out), ("skipped", self.skipped)):
-            terminalreporter.section(f"{title}: {len(names)}")
-            for name in names:
-                terminalreporter.line(name)
+def skips_in(xml: Path) -> list[str]:
+    """Each test that was skipped, with its reason, in a --junit-xml file."""
+    cases = ElementTree.parse(xml).iter("testcase") if xml.exists() else ()
+    return [
+        f"{case.attrib['classname']}::{case.attrib['name']}: {reason.attrib['message']}"
+        for case in cases
+        for reason in case.iter("skipped")
+    ]
 
 
 def run(number: int) -> int:
+    """Run the units of a part one after the other, and name what failed, what was left out and what was skipped.
+
+    Each unit has a process of its own: signal handlers, memory limits and a Ray that a fault test has killed would
+    reach the next one.
+    """
     parts = pack(packed_seconds())
     if not 0 <= number < len(parts):
         print(f"--part must be from 0 to {len(parts) - 1}, got {number}. `python -m tests.slow_tier plan` lists them.")
         return 2
     repeat = f"{os.path.relpath(sys.executable)} -m tests.slow_tier run --part {number}"
     print(f"part {number} of the slow tests, of {len(parts)}; to repeat it: {repeat}", flush=True)
-    return int(pytest.main(["-m", "slow and not gpu", *parts[number]], plugins=[PartReport()]))
+    started_at, failed, left_out, skipped = time.monotonic(), list[str](), list[str](), list[str]()
+    for unit in parts[number]:
+        if time.monotonic() - started_at > MAX_START_SECONDS:
+            left_out.append(unit)
+            continue
+        print(f"\n{unit}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            xml = Path(folder) / "junit.xml"
+            failed += [] if run_tests(unit, xml) else [unit]
+            skipped += skips_in(xml)
+    late = f"left out after {MAX_START_SECONDS // 60} minutes"
+    for title, names in (("skipped", skipped), (late, left_out), ("failed", failed)):
+        print("\n  ".join([f"{title}: {len(names)}", *names]))
+    return int(bool(failed))
 
 
 def print_plan() -> None:
@@ -154,14 +154,13 @@ def record(files: Iterable[Path]) -> None:
 
 def measure(files: list[str]) -> int:
     """Run the slow tests of files, all by default, and write their seconds; return 1 if a test failed."""
-    failed = 0
+    failed = False
     for file in files or sorted({unit.partition("::")[0] for unit in slow_units()}):
         with tempfile.TemporaryDirectory() as folder:
             xml = Path(folder) / "junit.xml"
-            command = [sys.executable, "-m", "pytest", "-m", "slow and not gpu", f"--junit-xml={xml}", file]
-            failed |= int(subprocess.run(command, cwd=ROOT, check=False).returncode != 0)
+            failed |= not run_tests(file, xml)
             record([xml])
-    return failed
+    return int(failed)
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ import pytest
 
 from tests import slow_tier
 
-pytest_plugins = ["pytester"]
 SLOW = "import pytest\n\npytestmark = pytest.mark.slow\n\n\n"
 
 
@@ -62,23 +61,20 @@ def test_the_longest_unit_comes_first_and_each_goes_into_the_first_part_with_roo
     assert slow_tier.pack(seconds) == [["a", "e"], ["c", "d"], ["b"]]
 
 
-def test_no_unit_starts_after_the_limit_and_what_is_left_out_or_skipped_is_named(pytester: pytest.Pytester) -> None:
-    report = slow_tier.PartReport()
-
-    class AnHourLater:
-        def pytest_runtest_teardown(self) -> None:
-            report.started_at -= 3600
-
-    pytester.makepyfile(
-        test_a="""
-        import pytest
-
-        def test_x(): ...
-
-        def test_of_a_file_that_has_started(): pytest.skip("no browser")
-        """,
-        test_b="def test_x(): raise AssertionError",
-    )
-    pytester.inline_run(plugins=[report, AnHourLater()]).assertoutcome(passed=1, skipped=1)
-    assert list(report.left_out) == ["test_b.py"]
-    assert report.skipped == ["test_a.py::test_of_a_file_that_has_started: no browser"]
+def test_a_part_names_what_failed_what_was_skipped_and_what_was_left_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    gpu\n")
+    (root / "tests" / "test_a.py").write_text(f'{SLOW}def test_x():\n    pytest.skip("no browser")\n')
+    failing = f"{SLOW}def test_x():\n    raise AssertionError\n\n\ndef test_y(): ...\n"
+    (root / "tests" / "test_b.py").write_text(failing)
+    slow_tier.record([])
+    assert slow_tier.run(0) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("part 0 of the slow tests, of 1; to repeat it: ")
+    assert "skipped: 1\n  tests.test_a::test_x: no browser\n" in printed
+    assert "left out after 25 minutes: 0\nfailed: 1\n  tests/test_b.py::test_x\n" in printed
+    monkeypatch.setattr(slow_tier, "MAX_START_SECONDS", -60)
+    assert slow_tier.run(0) == 0
+    assert "left out after -1 minutes: 4\n  tests/test_a.py\n" in capsys.readouterr().out
+    assert slow_tier.run(1) == 2
