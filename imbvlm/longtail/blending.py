@@ -80,9 +80,14 @@ class Blend:
     left_out: tuple[str, ...]
 
     def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
-        """The blend's logits (B, C) of its members' logits (B, C) by name, adjusted as the candidates' were."""
-        parts = [member.weight / member.temperature * at_least_float32(logits[member.name]) for member in self.members]
-        return torch.stack(parts).sum(dim=0)
+        """As `blended_logits`, of this blend's members."""
+        return blended_logits(self.members, logits)
+
+
+def blended_logits(members: Sequence[BlendMember], logits: Mapping[str, Tensor]) -> Tensor:
+    """A blend's logits (B, C) of its members' logits (B, C) by name, adjusted as the candidates' were."""
+    parts = [member.weight / member.temperature * at_least_float32(logits[member.name]) for member in members]
+    return torch.stack(parts).sum(dim=0)
 
 
 # Numbers of candidates in ascending order, each as often as it was picked.

@@ -18,7 +18,15 @@ from imbvlm.base.json_file import read_json
 from imbvlm.config.method_registry import METHODS
 from imbvlm.data.folds import deal_units
 from imbvlm.data.manifest_schema import Rows
-from imbvlm.longtail.blending import Blend, BlendDecision, BlendMember, BlendPool, Candidate, decide_blend
+from imbvlm.longtail.blending import (
+    Blend,
+    BlendDecision,
+    BlendMember,
+    BlendPool,
+    Candidate,
+    blended_logits,
+    decide_blend,
+)
 from imbvlm.longtail.claims import Claim, Floats, bias_corrected_claims, corrected_claims, size_correction
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
@@ -185,7 +193,7 @@ def _scored_members(
         logits[record.trial_id], saved = _adjusted(rows, record, spec), rows.saved
     if saved is None:
         return None
-    predicted = Blend(tuple(members), 0.0, 1, (), ()).combine(logits).argmax(dim=1)
+    predicted = blended_logits(members, logits).argmax(dim=1)
     return (predicted == saved.targets).double().numpy(), saved
 
 
