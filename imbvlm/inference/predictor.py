@@ -232,7 +232,8 @@ class Model:
 
     def classify(self, crops: Sequence[Pixels], top: int = 5) -> list[tuple[list[int], list[float]]]:
         """Labels and probabilities of the most probable classes, the best first, of each input's crops (B, ...)."""
-        values, labels = self._all_probabilities(crops).topk(min(_checked_top(top), self.num_possible), dim=1)
+        top = min(_checked_top(top), self.num_possible)
+        values, labels = self._all_probabilities(crops).topk(top, dim=1)
         return list(zip(labels.tolist(), values.tolist(), strict=True))
 
     def _all_probabilities(self, crops: Sequence[Pixels]) -> Tensor:
