@@ -57,11 +57,6 @@ class SplitSizes:
     confirm_folds: int = 1
     confirm_val: int = 0
 
-    @property
-    def corrects_claims(self) -> bool:
-        """Whether models without each two folds say what is gained by training on all images."""
-        return self.num_folds > 2 and self.test == 0
-
     def over_folds(self) -> SplitSizes:
         """Return the sizes with which `confirm_folds` would score all trials."""
         return replace(self, num_folds=self.confirm_folds, folds_val=self.confirm_val)
@@ -313,6 +308,11 @@ class Estimator:
             total += Interval(self.start + epoch * min_epochs, self.start + epoch * max_epochs)
         return total.times(1 / self.concurrent)
 
+    @property
+    def _corrects_claims(self) -> bool:
+        """Whether models without each two folds say what is gained by training on all images."""
+        return self.sweep.spec.selects_by_likelihood and self.rows.num_folds > 2 and self.rows.test == 0
+
     def _refit_seconds(self) -> Interval | None:
         """Estimate the refits of winner and probe over the seeds and of zero-shot once; in a study those of all trials.
 
@@ -327,7 +327,7 @@ class Estimator:
         members = 0 if spec.blends is None else min(spec.blends.max_members, self.sweep.num_trials)
         most = max(num_refits, members)
         total = Interval(num_refits * winner, most * winner).times(num_seeds)
-        if self.rows.corrects_claims and (of_pairs := self._trial_seconds(self.rows.of_pairs)) is not None:
+        if self._corrects_claims and (of_pairs := self._trial_seconds(self.rows.of_pairs)) is not None:
             total += Interval(of_pairs, max(1, members) * of_pairs)
         for config in {baseline.config.method: baseline.config for baseline in self.baselines}.values():
             epoch = self._epoch_seconds(config, of_refit(config))
