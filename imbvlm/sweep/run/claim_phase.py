@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from imbvlm.base.formatting import pluralize
 from imbvlm.data.manifest_schema import Rows
 from imbvlm.features.trial_data import TrialData
-from imbvlm.sweep.records.adjustment_selection import logits_file, zero_shot_baseline
+from imbvlm.sweep.records.adjustment_selection import zero_shot_baseline
 from imbvlm.sweep.records.refit_selection import refit_config
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.records.winner_selection import correct_claims, write_selection
-from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
+from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, settings_with_logits
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.tune.jobs import Job
 
@@ -46,11 +46,7 @@ def correct_for_size(run: SweepRun) -> None:
         run_fixed_jobs(
             run,
             waiting,
-            lambda job: replace(
-                trial_settings(run, job, run.features[feature_key(job.config)]),
-                in_pairs=True,
-                logits_file=logits_file(run.folder, job.trial_id),
-            ),
+            partial(settings_with_logits, run, in_pairs=True),
             "pairs",
             len(jobs),
         )

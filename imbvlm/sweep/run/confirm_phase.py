@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from imbvlm.base.formatting import pluralize
 from imbvlm.sweep.plan.feasibility import packing
-from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.refit_selection import folds_id, refit_config, to_confirm
 from imbvlm.sweep.records.summary_tables import failure_causes, seeds_table
 from imbvlm.sweep.records.trial_parquet import write_results_table
-from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
+from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, settings_with_logits, trial_settings
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.tune.jobs import Job
 from imbvlm.training.trial_pack import pack_key
@@ -36,10 +36,7 @@ def confirm(run: SweepRun) -> None:
         run_fixed_jobs(
             run,
             waiting,
-            lambda job: replace(
-                trial_settings(run, job, run.features[feature_key(job.config)]),
-                logits_file=logits_file(run.folder, job.trial_id) if run.spec.selects_by_likelihood else None,
-            ),
+            partial(settings_with_logits if run.spec.selects_by_likelihood else trial_settings, run),
             "confirm",
             len(jobs),
         )
@@ -70,11 +67,7 @@ def confirm_over_folds(run: SweepRun) -> None:
         run_fixed_jobs(
             run,
             waiting,
-            lambda job: replace(
-                trial_settings(run, job, run.features[feature_key(job.config)]),
-                num_folds=folds,
-                logits_file=logits_file(run.folder, job.trial_id),
-            ),
+            partial(settings_with_logits, run, num_folds=folds),
             "folds",
             len(jobs),
             packs.size,

@@ -18,7 +18,7 @@ from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members
 from imbvlm.sweep.records.sweep_folder import GAP_FILE, GapReport, write_gap
-from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
+from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, settings_with_logits
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.tune.jobs import Job
 from imbvlm.training.validation_logits import RowLogits, read_logits
@@ -43,18 +43,14 @@ def measure_gap(run: SweepRun) -> None:
         for member in members
         for side in _SIDES
     ]
+    random_ids = {_trial_id(member, "random") for member in members}
     waiting = run.unfinished(jobs)
     if waiting:
         run.console.print(f"measuring the gap to unseen groups: {pluralize(len(waiting), 'run')} over folds")
         run_fixed_jobs(
             run,
             waiting,
-            lambda job: replace(
-                trial_settings(run, job, run.features[feature_key(job.config)]),
-                num_folds=num_folds,
-                folds_at_random=_SIDES[job.trial_id.rpartition("-")[2]],
-                logits_file=logits_file(run.folder, job.trial_id),
-            ),
+            lambda job: settings_with_logits(run, job, num_folds=num_folds, folds_at_random=job.trial_id in random_ids),
             "gap",
             len(jobs),
         )

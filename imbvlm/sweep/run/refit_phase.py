@@ -77,13 +77,14 @@ def _score_delivered(run: SweepRun, members: Sequence[DeliveredMember]) -> None:
 
 
 def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, FeatureSet]) -> TrialSettings:
-    features = run.features[feature_key(job.config)]
-    test = test_features.get(feature_key(job.config))
+    settings, test = trial_settings(run, job), test_features.get(feature_key(job.config))
+    features = settings.feature_set
     if test is not None:
         features = replace(features, folders={**features.folders, **test.folders}, five_crop=test.five_crop)
     selection = run.adjustments.get(job.name)
     return replace(
-        trial_settings(run, job, features),
+        settings,
+        feature_set=features,
         refit=True,
         score_test=test is not None,
         # After a resumption any refit may be a member of another blend.

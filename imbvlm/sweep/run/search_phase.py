@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
 from imbvlm.sweep.plan.feasibility import packing
-from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.earlier_sweeps import WarmStart, WarmTrial, warm_trials
 from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.trial_log import ENDED
 from imbvlm.sweep.records.trial_parquet import write_results_table
-from imbvlm.sweep.run.sweep_run import SweepRun, trial_settings
+from imbvlm.sweep.run.sweep_run import SweepRun, settings_with_logits
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
@@ -106,11 +104,7 @@ def _unfinished_jobs(run: SweepRun) -> list[Job]:
 
 def _search_settings(run: SweepRun, job: Job) -> TrialSettings:
     baseline = run.baselines.get(job.trial_id)
-    return replace(
-        trial_settings(run, job, run.features[feature_key(job.config)]),
-        patience=None if baseline is None else baseline.patience,
-        logits_file=logits_file(run.folder, job.trial_id),
-    )
+    return settings_with_logits(run, job, patience=None if baseline is None else baseline.patience)
 
 
 def _report_limit(run: SweepRun, num_ended: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from imbvlm.base import storage
 from imbvlm.base.console import Console
@@ -12,11 +13,11 @@ from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.sweep.records.adjustment_selection import AdjustmentSelection
+from imbvlm.sweep.records.adjustment_selection import AdjustmentSelection, logits_file
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import Selection
-from imbvlm.sweep.spec.baselines import Baseline
+from imbvlm.sweep.spec.baselines import Baseline, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.sweep.tune.jobs import FixedJobs, Job, RunContext
 from imbvlm.sweep.tune.tune_runner import run_jobs
@@ -84,11 +85,11 @@ class SweepRun:
         return f"go on with: imbvlm sweep resume {self.folder}{plugin_options()} --set {name}=MORE"
 
 
-def trial_settings(run: SweepRun, job: Job, features: FeatureSet) -> TrialSettings:
-    """Make the settings that trials of every kind share."""
+def trial_settings(run: SweepRun, job: Job) -> TrialSettings:
+    """Make the settings that trials of every kind share, on training and validation features."""
     return TrialSettings(
         config=job.config,
-        feature_set=features,
+        feature_set=run.features[feature_key(job.config)],
         checkpoint_folder=storage.join(run.folder, CHECKPOINTS_FOLDER, job.trial_id),
         objective=run.spec.objective,
         num_threads=run.context.num_threads,
@@ -96,6 +97,11 @@ def trial_settings(run: SweepRun, job: Job, features: FeatureSet) -> TrialSettin
         trial_id=job.trial_id,
         num_folds=run.num_folds,
     )
+
+
+def settings_with_logits(run: SweepRun, job: Job, **changes: Any) -> TrialSettings:
+    """Make the settings of a trial that keeps its validation logits, with the fields that its phase changes."""
+    return replace(trial_settings(run, job), logits_file=logits_file(run.folder, job.trial_id), **changes)
 
 
 def run_fixed_jobs(

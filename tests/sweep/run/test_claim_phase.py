@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import Selection, read_selection, select_winner
 from imbvlm.sweep.run.claim_phase import correct_for_size
-from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
+from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, settings_with_logits
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.jobs import Job, RunContext
@@ -65,7 +66,7 @@ def searched(folder: Path, features: FeatureSet, num_folds: int = 5, **fields: A
         run_fixed_jobs(
             run,
             run.unfinished(jobs),
-            lambda job: replace(trial_settings(run, job, features), logits_file=logits_file(run.folder, job.trial_id)),
+            partial(settings_with_logits, run),
             kind,
             len(jobs),
         )
