@@ -136,7 +136,7 @@ ImageStream = Callable[[str, StreamPlan], Iterator[ImageBatch]]
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Images with labels (N,), each in `num_views` crops.
+    """Images with labels (N,), each in `num_views` crops, and with `groups` (N,) where the manifest has some.
 
     `rows` (N,) count within the official split, as in its store; `manifest_rows` (N,) within the manifest.
     """
@@ -146,6 +146,7 @@ class ImageRows:
     manifest_rows: Rows
     labels: Rows
     num_views: int = 1
+    groups: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -26,6 +26,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SPLITS, Rows, split_codes
 from imbvlm.data.split_power import MAX_THIN, resolve_folds, split_powers, validation_rows
 from imbvlm.data.splits import classes_without_validation, lost_classes
+from imbvlm.longtail.group_gap import MIN_GROUPS
 
 Severity = Literal["error", "warning", "note"]
 
@@ -204,7 +205,9 @@ def _groups(manifest: Manifest) -> Iterator[Finding]:
         yield Finding("note", f"{sets} of groups that share an image, each dealt as one group", groups.joined)
     if groups.num_without:
         yield Finding("note", f"{pluralize(groups.num_without, 'image')} without a group, each a group of its own")
-    yield Finding("note", "intervals take images as independent, and are too narrow where those of a group are alike")
+    if len(groups.sizes) < MIN_GROUPS:
+        what = f"fewer than {MIN_GROUPS} groups ({len(groups.sizes)}), which is too few for the intervals of scores"
+        yield Finding("warning", what)
     if max(groups.sizes.values()) == 1:
         yield Finding("warning", "every group has a single image, so that groups keep nothing together")
     if len(single):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
 from imbvlm.base.formatting import Z95, pluralize
 from imbvlm.data.folds import deal_folds
@@ -29,7 +28,8 @@ MAX_THIN = 3
 class SplitPower:
     """Standard errors of a split's balanced and few-shot accuracy at an accuracy of 1/2, where they are largest.
 
-    `few_shot_error` is None where no few-shot class has images. `thin` are the classes of 1 to MAX_THIN images.
+    Where the manifest has groups, images of one group are taken to be right or wrong together. `few_shot_error` is None
+    where no few-shot class has images. `thin` are the classes of 1 to MAX_THIN images.
     """
 
     num_scored: int
@@ -37,6 +37,7 @@ class SplitPower:
     error: float
     few_shot_error: float | None
     thin: tuple[int, ...]
+    has_groups: bool = False
 
     @property
     def half_width(self) -> float:
@@ -58,8 +59,11 @@ class SplitPower:
     def intervals(self) -> str:
         """A sentence on the limits of accuracies over the split."""
         few = "" if self.few_shot_error is None else f", few-shot to ± {100 * Z95 * self.few_shot_error:.1f}"
+        together = ", where images of a group are right or wrong together" if self.has_groups else ""
         classes = f"{self.num_scored:,} of {pluralize(self.num_classes, 'class')}"
-        return f"balanced accuracy over {classes} to ± {100 * self.half_width:.1f} points{few} (95 %, at worst)"
+        return (
+            f"balanced accuracy over {classes} to ± {100 * self.half_width:.1f} points{few} (95 %, at worst{together})"
+        )
 
     def choices(self) -> str:
         """A sentence on the limits of a choice by the split."""
@@ -92,7 +96,9 @@ def resolve_folds(num_folds: int | None, manifest: Manifest, split_seed: int) ->
 def resolve_confirm_folds(num_folds: int, manifest: Manifest, split_seed: int) -> int:
     """The folds that score the best trials again where an official validation split decides too little; 1 if none."""
     official = manifest.labels[manifest.rows_of("val")]
-    if not len(official) or not split_power(official, manifest.class_stats()).calls_for_folds:
+    groups = joined_groups(manifest.table)
+    own = None if groups is None else groups[manifest.rows_of("val")]
+    if not len(official) or not split_power(official, manifest.class_stats(), own).calls_for_folds:
         return 1
     folds = deal_folds(manifest.label_rows(), num_folds, split_seed).folds
     if manifest.has_groups:
@@ -112,22 +118,34 @@ def split_powers(manifest: Manifest, split_seed: int) -> dict[str, SplitPower]:
     stats = manifest.class_stats()
     num_folds = resolve_folds(None, manifest, split_seed)
     rows = {"val": validation_rows(manifest, split_seed, num_folds), "test": manifest.rows_of("test")}
-    return {split: split_power(manifest.labels[rows[split]], stats) for split in rows if len(rows[split])}
+    groups = joined_groups(manifest.table)
+    return {
+        split: split_power(manifest.labels[own], stats, None if groups is None else groups[own])
+        for split, own in rows.items()
+        if len(own)
+    }
 
 
-def split_power(labels: npt.NDArray[np.int64], stats: ClassStats) -> SplitPower:
-    """The power of a split with labels (N,), N > 0."""
+def split_power(labels: Rows, stats: ClassStats, groups: Rows | None = None) -> SplitPower:
+    """The power of a split with labels (N,), N > 0, and maybe groups (N,)."""
     counts = np.bincount(labels, minlength=stats.num_classes)
-    few = counts[stats.shot_groups["few_shot"]]
+    is_few = np.isin(labels, stats.shot_groups["few_shot"])
     return SplitPower(
         num_scored=int((counts > 0).sum()),
         num_classes=stats.num_classes,
-        error=_standard_error(counts),
-        few_shot_error=_standard_error(few) if few.any() else None,
+        error=_standard_error(labels, groups),
+        few_shot_error=_standard_error(labels[is_few], None if groups is None else groups[is_few])
+        if is_few.any()
+        else None,
         thin=tuple(np.flatnonzero((counts > 0) & (counts <= MAX_THIN)).tolist()),
+        has_groups=groups is not None,
     )
 
 
-def _standard_error(counts: npt.NDArray[np.int64]) -> float:
+def _standard_error(labels: Rows, groups: Rows | None) -> float:
+    counts = np.bincount(labels)
     present = counts[counts > 0]
-    return float(np.sqrt((0.25 / present).sum()) / len(present))
+    if groups is None:
+        return float(np.sqrt((0.25 / present).sum()) / len(present))
+    weights = np.bincount(np.unique(groups, return_inverse=True)[1], 1 / counts[labels])
+    return float(np.sqrt(0.25 * (weights**2).sum()) / len(present))

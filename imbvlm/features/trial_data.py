@@ -31,20 +31,22 @@ from imbvlm.models.model_inputs import ModelInputs
 class StoredRows:
     """Rows of one store with their labels (N,); index i of a batch is the i-th of these rows.
 
-    Training draws from the first `num_views` stored views of each.
+    Training draws from the first `num_views` stored views of each. `groups` (N,) are those of the manifest, if any.
     """
 
     store: FeatureStore
     rows: Rows
     labels: Rows
     num_views: int = 1
+    groups: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def subset(self, keep: npt.NDArray[np.bool_], num_views: int) -> StoredRows:
         """The rows that a mask (N,) keeps."""
-        return replace(self, rows=self.rows[keep], labels=self.labels[keep], num_views=num_views)
+        groups = None if self.groups is None else self.groups[keep]
+        return replace(self, rows=self.rows[keep], labels=self.labels[keep], num_views=num_views, groups=groups)
 
     def batch(self, output: OutputName, index: Rows, views: Rows | None = None, pinned: bool = False) -> Tensor:
         """Outputs (B, ...) of rows (B,) in the store's precision; views (B,), by default the evaluation crops."""
@@ -188,7 +190,7 @@ def _row_source(config: TrialConfig, features: FeatureSet, stored: StoredRows, s
     """The stored rows, or the same rows as images for a trial that runs the encoder itself."""
     if not config.reads_images:
         return stored
-    return ImageRows(features.manifest, stored.rows, split_rows[stored.rows], stored.labels)
+    return ImageRows(features.manifest, stored.rows, split_rows[stored.rows], stored.labels, groups=stored.groups)
 
 
 def _check_encoder(config: TrialConfig, features: FeatureSet) -> None:
@@ -214,7 +216,8 @@ def _stored_rows(
             "changed after extraction. Start again to extract anew."
         )
     rows = np.flatnonzero(keep & store.ok)
-    return StoredRows(store, rows, table.labels[split_rows[rows]], num_views)
+    groups = None if table.groups is None else table.groups[split_rows[rows]]
+    return StoredRows(store, rows, table.labels[split_rows[rows]], num_views, groups)
 
 
 def _class_embeddings(features: FeatureSet) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import Z95
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.group_gap import GroupedRows, few_groups_factor, group_standard_error, resampled_accuracies
 from imbvlm.longtail.metrics import balanced_standard_error
 
 NUM_RESAMPLES = 200
@@ -24,17 +26,22 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Claim:
-    """A macro accuracy with its class-stratified standard error, and the classes and images that it rests on."""
+    """A macro accuracy with its standard error, and the classes and images that it rests on.
+
+    The error is class-stratified. Where images have groups it is that of resampled groups, `num_groups` of them; None
+    where these are too few.
+    """
 
     value: float
-    standard_error: float
+    standard_error: float | None
     num_classes: int
     num_rows: int
+    num_groups: int | None = None
 
     @property
     def half_width(self) -> float:
-        """Half-width of the 95 % interval."""
-        return Z95 * self.standard_error
+        """Half-width of the 95 % interval, infinite where it isn't known."""
+        return math.inf if self.standard_error is None else Z95 * self.standard_error
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -44,13 +51,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """One predictor's macro accuracy minus another's on the same images, with a 95 % interval."""
+    """One predictor's macro accuracy minus another's on the same images, with a 95 % interval.
+
+    `num_groups` are those of the images; where they are too few the interval is infinite.
+    """
 
     difference: float
     low: float
     high: float
     num_classes: int
     num_rows: int
+    num_groups: int | None = None
 
     @property
     def is_win(self) -> bool:
@@ -68,6 +79,7 @@ def bias_corrected_claims(
     targets: Tensor,
     stats: ClassStats,
     *,
+    groups: Labels | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Claim]:
@@ -75,46 +87,63 @@ def bias_corrected_claims(
 
     `choose(row_weights)` makes the whole choice on rows with class-balanced weights (N,), and gives which rows (N,) its
     predictor has correct. Each bootstrap chooses on its own rows and is scored on the others (BBC-CV)
-    [Tsamardinos et al. 2018]. targets (N,). Raises ImbvlmError for fewer than two rows.
+    [Tsamardinos et al. 2018]. targets (N,). Rows with `groups` (N,) are resampled by whole groups. Raises ImbvlmError
+    for fewer than two rows or groups.
     """
-    correct = out_of_bag_accuracy(choose, targets, num_resamples=num_resamples, seed=seed)
+    correct = out_of_bag_accuracy(choose, targets, groups=groups, num_resamples=num_resamples, seed=seed)
     labels = targets.numpy()
-    return {name: macro_claim(correct[rows], labels[rows]) for name, rows in _rows_of_metrics(labels, stats).items()}
+    return {
+        name: macro_claim(correct[rows], labels[rows], None if groups is None else groups[rows])
+        for name, rows in _rows_of_metrics(labels, stats).items()
+    }
 
 
 def corrected_claims(
-    claims: Mapping[str, Claim], gains: Floats, targets: Tensor, stats: ClassStats
+    claims: Mapping[str, Claim], gains: Floats, targets: Tensor, stats: ClassStats, groups: Labels | None = None
 ) -> dict[str, Claim]:
     """Claims of models that train on all images: gains (N,) are those of `size_correction` on rows of targets (N,).
 
-    The error of the mean gain widens the intervals.
+    The error of the mean gain widens the intervals; rows with `groups` (N,) have it by groups.
     """
     labels, corrected = targets.numpy(), {}
     for name, rows in _rows_of_metrics(labels, stats).items():
         totals, claim = np.bincount(labels[rows]), claims[name]
         row_weights = 1 / totals[labels[rows]] / claim.num_classes
         mean = float(row_weights @ gains[rows])
-        error = float(np.hypot(claim.standard_error, np.linalg.norm(row_weights * (gains[rows] - mean))))
+        spread: float | None = float(np.linalg.norm(row_weights * (gains[rows] - mean)))
+        if groups is not None and spread is not None:
+            spread = group_standard_error(GroupedRows(labels[rows], groups[rows], gains[rows]), spread)
+        is_known = claim.standard_error is not None and spread is not None
+        error = float(np.hypot(claim.standard_error or 0.0, spread or 0.0)) if is_known else None
         corrected[name] = replace(claim, value=min(max(claim.value + mean, 0.0), 1.0), standard_error=error)
     return corrected
 
 
 def out_of_bag_accuracy(
-    choose: Callable[[Tensor], Tensor], targets: Tensor, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    choose: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    groups: Labels | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
 ) -> Floats:
     """Share (N,) of the bootstraps without a row whose choice has the row correct; rows of `bias_corrected_claims`.
 
     Averages by row give each class its weight. Averages by bootstrap would count small classes less, which often have
-    no row outside. A row of a class of one is outside as often as any other.
+    no row outside. A row of a class of one is outside as often as any other. Rows of one of the `groups` (N,) are
+    outside together.
     """
     labels = targets.numpy()
-    if len(labels) < 2:
-        raise ImbvlmError(f"a claim needs 2 validation rows or more, got {len(labels)}.")
+    unit = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    num_units = int(unit.max(initial=-1)) + 1
+    if num_units < 2:
+        noun = "rows" if groups is None else "groups"
+        raise ImbvlmError(f"a claim needs 2 validation {noun} or more, got {num_units}.")
     rng = np.random.default_rng(seed)
     sums, times = np.zeros(len(labels)), np.zeros(len(labels))
     while num_resamples > 0 or not times.all():
         num_resamples -= 1
-        counts = np.bincount(rng.integers(len(labels), size=len(labels)), minlength=len(labels))
+        counts = np.bincount(rng.integers(num_units, size=num_units), minlength=num_units)[unit]
         in_class = np.bincount(labels, weights=counts)
         row_weights = counts / np.maximum(in_class[labels], 1) / (in_class > 0).sum()
         is_out = counts == 0
@@ -136,14 +165,18 @@ def size_correction(by_folds: npt.ArrayLike, by_pairs: npt.ArrayLike, num_folds:
     return (num_folds - 2) / num_folds * gains
 
 
-def macro_claim(correct: Floats, labels: Labels) -> Claim:
-    """The mean over classes with rows of their mean correctness (N,) from 0 to 1."""
+def macro_claim(correct: Floats, labels: Labels, groups: Labels | None = None) -> Claim:
+    """The mean over classes with rows of their mean correctness (N,) from 0 to 1; rows may have groups (N,)."""
     totals = np.bincount(labels)
     sums = np.bincount(labels, weights=correct)
     present = totals > 0
     value = float((sums[present] / totals[present]).mean())
-    error = balanced_standard_error(sums, totals)
-    return Claim(value=value, standard_error=error, num_classes=int(present.sum()), num_rows=len(labels))
+    error: float | None = balanced_standard_error(sums, totals)
+    claim = Claim(value=value, standard_error=error, num_classes=int(present.sum()), num_rows=len(labels))
+    if groups is None or error is None:
+        return claim
+    rows = GroupedRows(labels, groups, correct)
+    return replace(claim, standard_error=group_standard_error(rows, error), num_groups=rows.num_groups)
 
 
 def _rows_of_metrics(labels: Labels, stats: ClassStats) -> dict[str, npt.NDArray[np.bool_]]:
@@ -159,13 +192,14 @@ def paired_difference(
     theirs: npt.ArrayLike,
     labels: Labels,
     *,
+    groups: Labels | None = None,
     num_resamples: int = NUM_PAIRED_RESAMPLES,
     seed: int = 0,
 ) -> PairedDifference:
     """The difference in macro accuracy with the interval of a paired bootstrap within classes.
 
-    Correctness (N,) or (seeds, N) of each predictor on the same rows; seeds are averaged inside. Raises ImbvlmError
-    without rows.
+    Correctness (N,) or (seeds, N) of each predictor on the same rows; seeds are averaged inside. The interval of rows
+    with `groups` (N,) also holds that of a bootstrap of whole groups. Raises ImbvlmError without rows.
     """
     if not len(labels):
         raise ImbvlmError("a comparison needs rows, got none.")
@@ -175,7 +209,7 @@ def paired_difference(
     row_weights = 1 / totals[labels] / num_classes
     difference = float(row_weights @ gains)
     if len(labels) == 1:
-        return PairedDifference(difference, -1.0, 1.0, num_classes, 1)
+        return PairedDifference(difference, -1.0, 1.0, num_classes, 1, None if groups is None else 1)
     rng = np.random.default_rng(seed)
     resampled = np.full(num_resamples, difference)
     strata = _strata(labels, totals)
@@ -191,7 +225,18 @@ def paired_difference(
             counts = rng.multinomial(times, num_rows / number, size=num_resamples)
             resampled += weight * (counts @ deviations)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    return PairedDifference(difference, float(low), float(high), num_classes, len(labels))
+    paired = PairedDifference(difference, float(low), float(high), num_classes, len(labels))
+    return paired if groups is None else _over_groups(paired, GroupedRows(labels, groups, gains), num_resamples, seed)
+
+
+def _over_groups(paired: PairedDifference, gains: GroupedRows, num_resamples: int, seed: int) -> PairedDifference:
+    """The difference with the wider of its interval and that of resampled groups; infinite where these are too few."""
+    resampled, number = resampled_accuracies([gains], num_resamples=num_resamples, seed=seed), gains.num_groups
+    if resampled is None:
+        return replace(paired, low=-math.inf, high=math.inf, num_groups=number)
+    deviations = (resampled[:, 0] - resampled.mean()) * few_groups_factor(number)
+    low, high = paired.difference + np.quantile(deviations, [0.025, 0.975])
+    return replace(paired, low=min(paired.low, float(low)), high=max(paired.high, float(high)), num_groups=number)
 
 
 def _strata(labels: Labels, totals: npt.NDArray[np.int64]) -> Labels:

@@ -1,11 +1,15 @@
-"""The gap between accuracies on images at random and on images of groups that the model hasn't seen."""
+"""Accuracies of images in groups: how sure they are, and the gap between images at random and unseen groups."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from imbvlm.base.formatting import pluralize
 
 Ids = npt.NDArray[np.int64]
 
@@ -15,12 +19,23 @@ _NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class FoldResults:
-    """Rows that folds have scored: their classes (N,), groups (N,), and whether the prediction is right (N,)."""
+class GroupedRows:
+    """Rows that were scored: their classes (N,), groups (N,), and whether or how often the prediction is right (N,)."""
 
     labels: Ids
     groups: Ids
-    correct: npt.NDArray[np.bool_]
+    correct: npt.NDArray[np.bool_ | np.float64]
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups have rows."""
+        return len(np.unique(self.groups))
+
+    def of_classes(self, classes: Ids, *, joined: bool = False) -> GroupedRows:
+        """The rows of some classes, which count as a single class where they are `joined`."""
+        keep = np.isin(self.labels, classes)
+        labels = self.labels[keep] * (not joined)
+        return GroupedRows(labels, self.groups[keep], self.correct[keep])
 
 
 @dataclass(frozen=True)
@@ -42,22 +57,52 @@ class GroupGap:
         return self.at_random - self.of_groups
 
 
-def group_gap(at_random: FoldResults, of_groups: FoldResults, *, seed: int = 0) -> GroupGap:
+def group_gap(at_random: GroupedRows, of_groups: GroupedRows, *, seed: int = 0) -> GroupGap:
     """The gap between two kinds of folds, with an interval by resampling whole groups, the same on both sides.
 
     In a resample a class counts where both sides have rows of it.
     """
-    sides = [_Cells.of(at_random), _Cells.of(of_groups)]
-    groups, num_classes = np.unique(of_groups.groups), max(int(side.labels.max(initial=0)) + 1 for side in sides)
-    values, is_in = _balanced(sides, None, num_classes)
-    interval = None
-    if len(groups) >= MIN_GROUPS:
-        rng, size = np.random.default_rng(seed), 1 + max(int(side.groups.max()) for side in sides)
-        drawn = (np.bincount(rng.choice(groups, len(groups)), minlength=size) for _ in range(_NUM_RESAMPLES))
-        gaps = [value[0] - value[1] for value, _ in (_balanced(sides, times, num_classes) for times in drawn)]
-        low, high = np.percentile(gaps, [2.5, 97.5])
+    sides = [at_random, of_groups]
+    values, is_in = _balanced([_Cells.of(side) for side in sides], None)
+    resampled, interval = resampled_accuracies(sides, seed=seed), None
+    if resampled is not None:
+        low, high = np.percentile(resampled[:, 0] - resampled[:, 1], [2.5, 97.5])
         interval = (float(low), float(high))
-    return GroupGap(values[0], values[1], interval, len(groups), int(is_in.sum()))
+    return GroupGap(values[0], values[1], interval, of_groups.num_groups, int(is_in.sum()))
+
+
+def resampled_accuracies(
+    sides: Sequence[GroupedRows], *, num_resamples: int = _NUM_RESAMPLES, seed: int = 0
+) -> npt.NDArray[np.float64] | None:
+    """The sides' macro accuracies (R, S) in resamples of whole groups, those of the last side; None below MIN_GROUPS.
+
+    In a resample a class counts where all sides have rows of it.
+    """
+    cells, groups = [_Cells.of(side) for side in sides], np.unique(sides[-1].groups)
+    if len(groups) < MIN_GROUPS:
+        return None
+    rng, size = np.random.default_rng(seed), 1 + max(int(side.groups.max()) for side in cells)
+    drawn = (np.bincount(rng.choice(groups, len(groups)), minlength=size) for _ in range(num_resamples))
+    return np.array([_balanced(cells, times)[0] for times in drawn])
+
+
+def group_standard_error(rows: GroupedRows, independent: float) -> float | None:
+    """The standard error of a macro accuracy over resamples of whole groups; None below MIN_GROUPS groups.
+
+    It is at least that of `independent` rows: rows of one group, or a class that is right throughout, have no spread.
+    """
+    resampled = resampled_accuracies([rows])
+    if resampled is None:
+        return None
+    return max(independent, float(resampled.std() * few_groups_factor(rows.num_groups)))
+
+
+def few_groups_factor(num_groups: int) -> float:
+    """By how much deviations of a bootstrap over groups are widened.
+
+    Its variance has the divisor n in place of n - 1, and Student's t has a variance of (n - 1) / (n - 3).
+    """
+    return math.sqrt(num_groups / (num_groups - 3))
 
 
 @dataclass(frozen=True)
@@ -70,7 +115,7 @@ class _Cells:
     correct: npt.NDArray[np.float64]
 
     @staticmethod
-    def of(results: FoldResults) -> _Cells:
+    def of(results: GroupedRows) -> _Cells:
         pairs, cell = np.unique(np.stack([results.labels, results.groups]), axis=1, return_inverse=True)
         cell = cell.ravel()
         total = np.bincount(cell).astype(np.float64)
@@ -78,9 +123,9 @@ class _Cells:
         return _Cells(pairs[0], pairs[1], total, right)
 
 
-def _balanced(sides: list[_Cells], times: Ids | None, num_classes: int) -> tuple[list[float], npt.NDArray[np.bool_]]:
-    """The mean accuracy of the classes that both sides have, groups counted so many `times`, and those classes."""
-    sums = []
+def _balanced(sides: Sequence[_Cells], times: Ids | None) -> tuple[list[float], npt.NDArray[np.bool_]]:
+    """The mean accuracy of the classes that all sides have, groups counted so many `times`, and those classes."""
+    sums, num_classes = [], max(int(side.labels.max(initial=0)) + 1 for side in sides)
     for side in sides:
         weights = np.ones(len(side.groups)) if times is None else times[side.groups].astype(np.float64)
         totals, right = (
@@ -92,9 +137,17 @@ def _balanced(sides: list[_Cells], times: Ids | None, num_classes: int) -> tuple
     return [float((right[is_in] / totals[is_in]).mean()) if is_in.any() else 0.0 for totals, right in sums], is_in
 
 
-def worst_groups(of_groups: FoldResults, *, min_images: int = 5, num_worst: int = 10) -> list[tuple[int, int, float]]:
+def worst_groups(of_groups: GroupedRows, *, min_images: int = 5, num_worst: int = 10) -> list[tuple[int, int, float]]:
     """The groups with the smallest share of right answers: id, images and share, among those with enough images."""
     ids, index, total = np.unique(of_groups.groups, return_inverse=True, return_counts=True)
     share = np.bincount(index, weights=of_groups.correct) / total
     order = [number for number in np.lexsort((-total, share)) if total[number] >= min_images][:num_worst]
     return [(int(ids[number]), int(total[number]), float(share[number])) for number in order]
+
+
+def group_note(num_groups: int | None) -> str:
+    """The groups that an interval resamples, or why there is none, beside a number; empty without groups."""
+    if num_groups is None:
+        return ""
+    groups = pluralize(num_groups, "group")
+    return f"{groups} resampled" if num_groups >= MIN_GROUPS else f"{groups} are too few for one, it takes {MIN_GROUPS}"

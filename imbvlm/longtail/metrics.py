@@ -63,10 +63,11 @@ class ClassCounters:
         """Share of correct rows per class (C,); NaN for a class without rows."""
         return per_class_accuracy(self.correct.cpu().numpy(), self.total.cpu().numpy())
 
-    def compute(self, stats: ClassStats) -> dict[str, float]:
+    def compute(self, stats: ClassStats, *, has_groups: bool = False) -> dict[str, float]:
         """Accuracies (fractions, macro within a shot group) and the mean loss.
 
-        A group without rows is absent. {} without any row.
+        A shot group without rows is absent, and so is the standard error of images in groups, which takes rows as
+        independent. {} without any row.
         """
         accuracy = self.per_class_accuracy()
         num_rows = int(self.total.sum())
@@ -76,8 +77,10 @@ class ClassCounters:
             "loss": float(self.nll) / num_rows,
             "top1_accuracy": int(self.correct.sum()) / num_rows,
             "balanced_accuracy": float(np.nanmean(accuracy)),
-            "balanced_standard_error": balanced_standard_error(self.correct.cpu().numpy(), self.total.cpu().numpy()),
         }
+        if not has_groups:
+            error = balanced_standard_error(self.correct.cpu().numpy(), self.total.cpu().numpy())
+            metrics["balanced_standard_error"] = error
         return metrics | shot_group_accuracies(accuracy, stats)
 
     def macro_scores(self) -> dict[str, float]:

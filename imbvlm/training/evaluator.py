@@ -34,6 +34,7 @@ class EvalResult:
 
     The class is -1 for an unreadable image. `adjusted` is the evaluation of adjusted logits, if any. `logits` (N, C)
     are NaN for an unreadable image; None where they weren't kept. `rank_errors` are those of a taxonomy, if any.
+    `has_groups` says that the images are in groups.
     """
 
     counters: ClassCounters
@@ -42,10 +43,12 @@ class EvalResult:
     adjusted: EvalResult | None = None
     logits: Tensor | None = None
     rank_errors: dict[str, float] = field(default_factory=dict)
+    has_groups: bool = False
 
     def metrics(self, stats: ClassStats) -> dict[str, float]:
         """Accuracies, loss, macro scores, calibration error, and errors by rank, by their plain names."""
-        return self.counters.compute(stats) | self.counters.macro_scores() | self.bins.compute() | self.rank_errors
+        accuracies = self.counters.compute(stats, has_groups=self.has_groups)
+        return accuracies | self.counters.macro_scores() | self.bins.compute() | self.rank_errors
 
     def with_rank_errors(self, taxonomy: Taxonomy | None, labels: Index) -> EvalResult:
         """The result with its errors by rank of examples with labels (N,); unchanged without a taxonomy."""
@@ -174,7 +177,10 @@ class Evaluator:
             if adjust is not None:
                 adjusted.add(adjust(logits, batch.examples), batch.labels, batch.examples)
         evaluated = [part.result(self.workers) for part in ([plain] if adjust is None else [plain, adjusted])]
-        result, *others = [each.with_rank_errors(self.data.taxonomy, examples.labels) for each in evaluated]
+        result, *others = [
+            replace(each.with_rank_errors(self.data.taxonomy, examples.labels), has_groups=examples.groups is not None)
+            for each in evaluated
+        ]
         return replace(result, adjusted=others[0]) if others else result
 
     def all_views(self, forward: Forward, examples: StoredRows, width: int) -> Tensor:

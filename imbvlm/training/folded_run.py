@@ -119,7 +119,8 @@ class FoldedRun:
     def _validation(self, epoch: int) -> dict[str, float]:
         """`val/` metrics of all folds' rows, and the running maxima of the accuracies."""
         # The shot groups of all folds are those of the official counts.
-        metrics = self.val_counters.compute(self.runs[0].data.class_stats)
+        data = self.runs[0].data
+        metrics = self.val_counters.compute(data.class_stats, has_groups=data.val.groups is not None)
         return validation_metrics(metrics, epoch, self.best, self.best_epoch)
 
     def state_dict(self) -> TrialState:

@@ -25,7 +25,7 @@ class TestPredictions:
     """The test split's labels, manifest rows, and predicted classes (N,), -1 for unreadable images.
 
     `predicted` has them as trained, and as adjusted where validation chose an adjustment, by the first parts of the
-    metrics' names.
+    metrics' names. `groups` (N,) are those of the images, None where the manifest has none.
     """
 
     # pytest collects classes by their names.
@@ -34,10 +34,12 @@ class TestPredictions:
     labels: Tensor
     rows: Tensor
     predicted: Mapping[str, Tensor]
+    groups: Tensor | None = None
 
     def write(self, folder: str) -> None:
         """Write the predictions into a refit's folder."""
         tensors = {"labels": self.labels, "rows": self.rows}
+        tensors |= {} if self.groups is None else {"groups": self.groups}
         tensors |= {f"{_PREFIX}{split}": classes for split, classes in self.predicted.items()}
         storage.write_bytes(storage.join(folder, PREDICTIONS_FILE), save_safetensors(tensors))
 
@@ -48,7 +50,7 @@ class TestPredictions:
         if tensors is None:
             return None
         predicted = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
-        return TestPredictions(tensors["labels"], tensors["rows"], predicted)
+        return TestPredictions(tensors["labels"], tensors["rows"], predicted, tensors.get("groups"))
 
     def correct(self, split: str) -> Tensor:
         """Which rows (N,) are predicted correctly, as trained where there is no adjustment."""

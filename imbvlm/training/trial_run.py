@@ -360,7 +360,7 @@ class TrialRun:
         else:
             counters = self._second.validate(self.val_logits)
         self.val_counters = counters
-        metrics = counters.compute(self.data.class_stats)
+        metrics = counters.compute(self.data.class_stats, has_groups=self.data.val.groups is not None)
         validation = validation_metrics(metrics, self.epoch, self.best, self.best_epoch)
         return {**validation, "time/eval_seconds": time.perf_counter() - started}
 

@@ -293,7 +293,8 @@ class TrialSession:
                 scored |= {f"{POST_HOC}/{name}": value for name, value in adjusted.items()}
                 predicted[POST_HOC], logits = result.adjusted.predicted, result.adjusted.logits
             results[TEST] = (examples, result)
-            predictions = TestPredictions(torch.tensor(examples.labels), torch.tensor(examples.rows), predicted)
+            groups = None if examples.groups is None else torch.tensor(examples.groups)
+            predictions = TestPredictions(torch.tensor(examples.labels), torch.tensor(examples.rows), predicted, groups)
         for split in feature_set.five_crop:
             if split != TEST or settings.score_test:
                 crops = TrialData.open_five_crops(run.config, feature_set, split)

@@ -65,6 +65,7 @@ class SavedValLogits:
 
     `targets` (N,) are the rows' classes, and `folds` (N,) the folds that scored them, all 0 without folds. `stats` has
     the class counts of each fold's training. Official rows, which the models of all K folds have scored, are part K.
+    `groups` (N,) are the rows' groups, None where the manifest has none.
     """
 
     epochs: Mapping[str, int]
@@ -72,6 +73,7 @@ class SavedValLogits:
     targets: Tensor
     folds: Tensor
     stats: tuple[ClassStats, ...]
+    groups: Tensor | None = None
 
     def class_counts(self, rows: Tensor) -> Tensor:
         """The class counts with which the selected `rows` were trained: of all, (C,), or with folds of each, (N, C).
@@ -105,18 +107,18 @@ def read_logits(uri: str) -> SavedValLogits | None:
         return None
     class_counts, split_counts = tensors.pop("class_counts"), tensors.pop("split_counts").numpy()
     targets, (best, last) = tensors.pop("targets").long(), tensors.pop("epochs").tolist()
-    folds = tensors.pop("folds", torch.zeros_like(targets)).long()
+    folds, groups = tensors.pop("folds", torch.zeros_like(targets)).long(), tensors.pop("groups", None)
     epochs = {name: epoch for name, epoch in (("best", best), ("last", last)) if epoch > 0}
     by_fold = class_counts.view(-1, len(split_counts)).numpy()
     stats = tuple(ClassStats.from_counts(counts, split_counts) for counts in by_fold)
-    return SavedValLogits(epochs, tensors, targets, folds, stats)
+    return SavedValLogits(epochs, tensors, targets, folds, stats, groups)
 
 
 def file_bytes(num_rows: int, num_classes: int, num_folds: int = 1) -> int:
-    """Limit on the size of one trial's file: two epochs' logits, targets, folds and counts."""
+    """Limit on the size of one trial's file: two epochs' logits, targets, groups, folds and counts."""
     if not RowLogits.fits(num_rows, num_classes):
         return 0
-    of_rows = 4 if num_folds == 1 else 8
+    of_rows = 12 if num_folds == 1 else 16
     return 4 * num_rows * num_classes + of_rows * num_rows + 8 * (1 + num_folds) * num_classes
 
 
@@ -137,6 +139,9 @@ class ValLogitsWriter:
             "class_counts": torch.tensor(counts[0] if len(data) == 1 else np.stack(counts)),
             "split_counts": torch.tensor(data[0].class_stats.split_counts),
         }
+        groups = [rows.groups for rows in scored if rows.groups is not None]
+        if groups:
+            self._fixed["groups"] = torch.from_numpy(np.concatenate(groups))
         if len(data) > 1:
             self._fixed["folds"] = torch.arange(len(labels), dtype=torch.int32).repeat_interleave(
                 torch.tensor([len(of_part) for of_part in labels])

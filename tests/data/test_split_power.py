@@ -50,6 +50,18 @@ def test_the_errors_are_those_of_accuracies_that_are_drawn() -> None:
     assert (power().num_scored, power().num_classes, power().thin) == (4, 5, (2, 3))
 
 
+def test_images_in_groups_decide_at_worst_as_little_as_their_groups() -> None:
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(3), (40, 12, 3))
+    groups = rng.integers(15, size=len(labels))
+    right = (rng.random((20_000, 15)) < 0.5)[:, groups]
+    accuracies = np.mean([right[:, labels == label].mean(axis=1) for label in range(3)], axis=0)
+    of_groups = split_power(labels, stats(), groups)
+    assert of_groups.error == pytest.approx(accuracies.std(), rel=0.03)
+    assert "at worst, where images of a group are right or wrong together" in of_groups.intervals()
+    alone, plain = split_power(labels, stats(), rng.permutation(len(labels))), split_power(labels, stats())
+    assert (alone.error, alone.few_shot_error) == pytest.approx((plain.error, plain.few_shot_error))
+
+
 @pytest.mark.parametrize("number", [2, 30, 200])
 def test_the_optimism_is_that_of_the_best_of_equal_choices(number: int) -> None:
     best = np.random.default_rng(0).normal(scale=power().error, size=(20_000, number)).max(axis=1).mean()

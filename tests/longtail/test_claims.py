@@ -233,3 +233,93 @@ def test_one_image_shows_nothing() -> None:
     assert result.verdict == "no win is shown"
     with pytest.raises(ImbvlmError, match="needs rows"):
         paired_difference([], [], np.empty(0, dtype=np.int64))
+
+
+# ------------------------------------------------------------------------------------------------ images in groups
+
+
+def cameras(rng: np.random.Generator, num_groups: int, kinship: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, groups and correctness (N,) of 20 images a group, right at 0.6; at `kinship` 1 they are so together."""
+    groups = np.repeat(np.arange(num_groups), 20)
+    labels = np.minimum(rng.geometric(0.4, len(groups)) - 1, 4)
+    together = (rng.random(num_groups) < 0.6)[groups]
+    alone = rng.random(len(groups)) < 0.6
+    return labels, groups, np.where(rng.random(len(groups)) < np.sqrt(kinship), together, alone)
+
+
+@pytest.mark.parametrize(("num_groups", "kinship"), [(10, 1.0), (25, 0.3), (10, 0.0)])
+def test_intervals_of_alike_images_in_groups_hold_the_truth(num_groups: int, kinship: float) -> None:
+    rng, inside, inside_rows, no_win = np.random.default_rng(2), [], [], []
+    for _ in range(30):
+        labels, groups, ours = cameras(rng, num_groups, kinship)
+        claim, of_rows = macro_claim(ours, labels, groups), macro_claim(ours, labels)
+        inside.append(abs(claim.value - 0.6) <= claim.half_width)
+        inside_rows.append(abs(of_rows.value - 0.6) <= of_rows.half_width)
+        assert claim.value == of_rows.value
+        assert claim.half_width >= of_rows.half_width
+        theirs = cameras(rng, num_groups, kinship)[2]
+        difference = paired_difference(ours, theirs, labels, groups=groups, num_resamples=300)
+        no_win.append(difference.low <= 0 <= difference.high)
+        assert (claim.num_groups, difference.num_groups) == (num_groups, num_groups)
+    assert np.mean(inside) >= 0.85
+    assert np.mean(no_win) >= 0.85
+    if kinship == 1:
+        assert np.mean(inside_rows) < 0.5
+
+
+def test_the_error_of_groups_is_that_of_a_formula_in_float64() -> None:
+    """One class and groups of one size: the standard error of a mean of group means, with Student's variance."""
+    rng = np.random.default_rng(5)
+    groups = np.repeat(np.arange(40), 10)
+    means = rng.random(40)
+    claim = macro_claim(means[groups], np.zeros(400, np.int64), groups)
+    expected = means.std(ddof=1) / np.sqrt(40) * np.sqrt(39 / 37)
+    assert claim.standard_error == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("num_groups", [2, 9])
+def test_fewer_than_ten_groups_have_no_interval(num_groups: int) -> None:
+    labels = np.tile([0, 1, 2], 30)
+    groups = np.arange(90) // 3 % num_groups
+    right = torch.from_numpy(np.arange(90) % 4 > 0)
+    stats = ClassStats.from_counts([300, 50, 10])
+    claims = bias_corrected_claims(lambda _: right, torch.from_numpy(labels), stats, groups=groups, num_resamples=5)
+    corrected_ = corrected_claims(claims, np.full(90, 0.1), torch.from_numpy(labels), stats, groups)
+    for claim in (*claims.values(), *corrected_.values()):
+        assert (claim.standard_error, claim.half_width, claim.num_groups) == (None, np.inf, num_groups)
+    difference = paired_difference(right.numpy(), ~right.numpy(), labels, groups=groups)
+    assert difference.verdict == "no win is shown"
+    assert (difference.low, difference.high, difference.num_groups) == (-np.inf, np.inf, num_groups)
+
+
+def test_a_choice_sees_whole_groups_and_is_scored_on_the_others() -> None:
+    labels, groups = labels_of(), np.arange(COUNTS.sum()) % 11
+    seen = []
+
+    def choose(row_weights: torch.Tensor) -> torch.Tensor:
+        is_in = (row_weights > 0).numpy()
+        assert all(len(set(is_in[groups == group])) == 1 for group in range(11))
+        seen.append(is_in.any())
+        return torch.from_numpy(is_in)
+
+    assert out_of_bag_accuracy(choose, torch.from_numpy(labels), groups=groups).tolist() == [0.0] * len(labels)
+    assert all(seen)
+    with pytest.raises(ImbvlmError, match="2 validation groups or more, got 1"):
+        out_of_bag_accuracy(choose, torch.from_numpy(labels), groups=np.zeros(len(labels), np.int64))
+
+
+@given(st.integers(0, 50))
+@settings(deadline=None, max_examples=10)
+def test_rows_that_are_groups_of_their_own_are_resampled_as_rows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels, targets = labels_of(), torch.from_numpy(labels_of())
+    heads = torch.from_numpy(rng.random((5, len(labels))) < 0.6)
+    groups = rng.permutation(len(labels))
+    alone = out_of_bag_accuracy(lambda rows: best_of(heads, rows), targets, num_resamples=5)
+    assert np.shape(alone) == np.shape(
+        out_of_bag_accuracy(lambda rows: best_of(heads, rows), targets, groups=groups, num_resamples=5)
+    )
+    in_order = out_of_bag_accuracy(
+        lambda rows: best_of(heads, rows), targets, groups=np.arange(len(labels)), num_resamples=5
+    )
+    np.testing.assert_array_equal(alone, in_order)

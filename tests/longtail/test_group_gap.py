@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imbvlm.longtail.group_gap import FoldResults, GroupGap, group_gap, worst_groups
+from imbvlm.longtail.group_gap import GroupedRows, GroupGap, group_gap, worst_groups
 
 
-def results(labels: list[int], groups: list[int], correct: list[bool]) -> FoldResults:
-    return FoldResults(np.array(labels, np.int64), np.array(groups, np.int64), np.array(correct))
+def results(labels: list[int], groups: list[int], correct: list[bool]) -> GroupedRows:
+    return GroupedRows(np.array(labels, np.int64), np.array(groups, np.int64), np.array(correct))
 
 
 def test_the_gap_is_that_of_balanced_accuracies_over_the_classes_of_both() -> None:
@@ -49,8 +49,8 @@ def test_resampling_groups_covers_the_truth_where_rows_alone_would_not() -> None
     for number in range(40):
         groups = np.repeat(np.arange(40), 25)
         labels, is_right = groups % 2, (rng.random(40) < 0.5)[groups]
-        always = FoldResults(labels, groups, np.ones(1000, bool))
-        gap = group_gap(always, FoldResults(labels, groups, is_right), seed=number)
+        always = GroupedRows(labels, groups, np.ones(1000, bool))
+        gap = group_gap(always, GroupedRows(labels, groups, is_right), seed=number)
         assert gap.interval is not None
         covered += gap.interval[0] <= 0.5 <= gap.interval[1]
         widths.append(gap.interval[1] - gap.interval[0])

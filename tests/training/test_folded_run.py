@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from tiny_data import tiny_config, tiny_features
 from trial_logits import trial_logits
 
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.folds import deal_folds
 from imbvlm.data.manifest import Manifest
+from imbvlm.data.manifest_schema import with_column
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.post_hoc_adjustment import adjust_logits, select_tau
@@ -74,6 +77,28 @@ def test_every_image_of_a_class_of_two_or_more_is_scored_by_a_model_that_never_s
         assert fold.class_stats.split_counts.tolist() == list(COUNTS)
     scored = np.concatenate([fold.val.rows for fold in folds])
     assert sorted(scored) == everything[: sum(COUNTS[:4])].tolist()
+
+
+def test_images_in_groups_keep_them_and_have_no_standard_error_of_independent_images(
+    features: FeatureSet, tmp_path: Path
+) -> None:
+    manifest, path = Manifest.read(features.manifest), str(tmp_path / "cameras.parquet")
+    names = [f"cam{row % 12}" for row in range(len(manifest))]
+    column = pa.array(names, manifest.table.schema.field("group").type)
+    grouped = replace(manifest, table=with_column(manifest.table, "group", column))
+    grouped.write(path)
+    config = tiny_config("class_means")
+    runs = []
+    for own in (features, replace(features, manifest=path)):
+        settings = settings_of(config, own, tmp_path / f"{len(runs)}")
+        runs.append((list(session().reports(settings))[-1].metrics, saved(settings).groups))
+    (plain, no_groups), (metrics, groups) = runs
+    assert no_groups is None
+    assert set(plain) - set(metrics) == {"val/balanced_standard_error"}
+    assert groups is not None
+    assert (
+        groups.tolist() == grouped.label_rows().groups[deal_folds(grouped.label_rows(), NUM_FOLDS, 0).val_rows].tolist()
+    )
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "class_means", "discriminant", "zero_shot"])

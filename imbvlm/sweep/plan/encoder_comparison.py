@@ -28,7 +28,9 @@ from imbvlm.features.extraction import ensure_features, seconds_per_image
 from imbvlm.features.store_sizes import bytes_per_image
 from imbvlm.features.trial_data import TrialData
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.group_gap import MIN_GROUPS, GroupedRows, group_standard_error
 from imbvlm.longtail.metrics import balanced_standard_error, per_class_accuracy, shot_group_accuracies
+from imbvlm.longtail.worker_group import SINGLE_WORKER
 from imbvlm.models.encoders.encoder_factory import describe_encoder
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.feasibility import data_counts, one_class_problem, validation_problem
@@ -143,23 +145,33 @@ def find_encoders(manifest: str, names: Sequence[str], sizes: Sequence[object], 
 
 @dataclass(frozen=True)
 class HeadScore:
-    """Fractions, with their class-stratified standard errors; None where no few-shot class is scored."""
+    """Fractions, with their standard errors; None where no few-shot class is scored, and for errors of few groups."""
 
     balanced_accuracy: float
-    balanced_standard_error: float
+    balanced_standard_error: float | None
     few_shot_accuracy: float | None
     few_shot_standard_error: float | None
 
     @staticmethod
-    def of(correct: npt.NDArray[np.int64], total: npt.NDArray[np.int64], stats: ClassStats) -> HeadScore:
-        """The score of correct rows and rows per class (C,)."""
+    def of(
+        correct: npt.NDArray[np.int64],
+        total: npt.NDArray[np.int64],
+        stats: ClassStats,
+        rows: GroupedRows | None = None,
+    ) -> HeadScore:
+        """The score of correct rows and rows per class (C,); errors are class-stratified, or of `rows` in groups."""
         accuracy, few = per_class_accuracy(correct, total), stats.few_shot
         few_shot_accuracy = shot_group_accuracies(accuracy, stats).get("few_shot_accuracy")
+
+        def error(classes: npt.NDArray[np.int64]) -> float | None:
+            independent = balanced_standard_error(correct[classes], total[classes])
+            return independent if rows is None else group_standard_error(rows.of_classes(classes), independent)
+
         return HeadScore(
             float(np.nanmean(accuracy)),
-            balanced_standard_error(correct, total),
+            error(np.arange(len(total))),
             few_shot_accuracy,
-            None if few_shot_accuracy is None else balanced_standard_error(correct[few], total[few]),
+            None if few_shot_accuracy is None else error(few),
         )
 
 
@@ -242,16 +254,27 @@ def _heads(encoder: ComparedEncoder) -> dict[str, tuple[TrialConfig, int | None]
 def score_head(config: TrialConfig, folds: Sequence[TrialData], patience: int | None) -> HeadScore:
     """The score of a head over folds at its best epoch, as for baselines; raises ImbvlmError for one that diverges."""
     run = FoldedRun([build_trial(config, fold, default_device()) for fold in folds])
-    counters = run.val_counters
+    counters, rows = run.val_counters, None
     for result in run.epochs(lambda: None):
         if result.failure is not None:
             raise ImbvlmError(result.failure)
         best_epoch = run.best_epoch["balanced_accuracy"]
         if result.epoch == best_epoch:
-            counters = run.val_counters
+            counters, rows = run.val_counters, _grouped_rows(run)
         if patience is not None and result.epoch - best_epoch >= patience:
             break
-    return HeadScore.of(counters.correct.cpu().numpy(), counters.total.cpu().numpy(), folds[0].class_stats)
+    return HeadScore.of(counters.correct.cpu().numpy(), counters.total.cpu().numpy(), folds[0].class_stats, rows)
+
+
+def _grouped_rows(run: FoldedRun) -> GroupedRows | None:
+    """The validation rows of all folds in the last epoch with their groups; None where images have none."""
+    vals = [fold.val for fold in run.data]
+    groups = [val.groups for val in vals if val.groups is not None]
+    logits = run.gathered_logits(SINGLE_WORKER) if groups else None
+    if logits is None:
+        return None
+    labels = np.concatenate([val.labels for val in vals])
+    return GroupedRows(labels, np.concatenate(groups), logits.argmax(dim=1).numpy() == labels)
 
 
 # -------------------------------------------------------------------------------------------------- for the reader
@@ -317,11 +340,12 @@ class Comparison:
 
     def _describe_sample(self) -> str:
         sample, largest = self.sample, int(np.bincount(self.sample.labels).max())
+        images = f"groups of images, from {MIN_GROUPS} groups on" if sample.has_groups else "images"
         return (
             f"sample: {len(sample):,} of {len(self.manifest.rows_of('train')):,} training images of {sample.name} "
             f"(seed {self.seed}), at most {largest:,} of a class; {len(sample.class_names):,} of "
             f"{len(self.manifest.class_names):,} classes ({sample.class_stats().describe_groups()})\n"
-            f"accuracies in percent over {NUM_FOLDS} folds of the sample, ± their standard error over its images:"
+            f"accuracies in percent over {NUM_FOLDS} folds of the sample, ± their standard error over its {images}:"
         )
 
 
@@ -372,7 +396,10 @@ def _cells(score: HeadScore | None) -> list[str]:
         (score.balanced_accuracy, score.balanced_standard_error),
         (score.few_shot_accuracy, score.few_shot_standard_error),
     )
-    return ["-" if value is None else f"{percent(value)} ± {percent(error)}" for value, error in pairs]
+    return [
+        percent(value) if value is None or error is None else f"{percent(value)} ± {percent(error)}"
+        for value, error in pairs
+    ]
 
 
 def _yaml(value: object) -> str:

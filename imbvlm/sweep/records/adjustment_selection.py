@@ -31,7 +31,6 @@ from imbvlm.longtail.post_hoc_adjustment import (
     select_tau,
 )
 from imbvlm.sweep.records.refit_selection import Refit, confirmed, refits
-from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, last_values
 from imbvlm.sweep.spec.baselines import baselines, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
@@ -42,6 +41,8 @@ LOGITS_FOLDER = "logits"
 POST_HOC_FILE = "post_hoc.json"
 # The metric of adjustments that are selected by class-balanced log-likelihood.
 LIKELIHOOD = "log_likelihood"
+# The best trials, which tables show and whose logits stay.
+NUM_BEST = 8
 # Limits on the trials with the highest objectives among which the log-likelihood selects, and on their logits.
 MAX_CANDIDATES, MAX_CANDIDATE_BYTES = 30, 4_000_000_000
 

@@ -162,7 +162,8 @@ def _save(
     """Write a record with scores, and results by row and by class; the record has the first member's configuration."""
     tree = description.get("taxonomy")
     taxonomy = None if tree is None else Taxonomy.from_dict(tree, stats.num_classes)
-    result = _evaluated(logits, rows.labels).with_rank_errors(taxonomy, rows.labels.numpy())
+    evaluated = replace(_evaluated(logits, rows.labels), has_groups=rows.groups is not None)
+    result = evaluated.with_rank_errors(taxonomy, rows.labels.numpy())
     now = time.time()
     record = TrialRecord(
         trial_id=trial_id,

@@ -12,6 +12,7 @@ import torch
 from imbvlm.base import storage
 from imbvlm.base.formatting import Z95
 from imbvlm.longtail.claims import PairedDifference, paired_difference
+from imbvlm.longtail.group_gap import group_note
 from imbvlm.sweep.records.trial_log import BLEND, WINNER, TrialLog, TrialRecord, last_values
 from imbvlm.training.test_predictions import POST_HOC, TEST, TestPredictions
 
@@ -23,12 +24,16 @@ POST_HOC_MEANS = "Post hoc: logits adjusted after training by what validation ch
 
 @dataclass(frozen=True)
 class Difference:
-    """A gain over another model (fractions) and its 95 % interval, infinite if unknown."""
+    """A gain over another model (fractions) and its 95 % interval, infinite if unknown.
+
+    `num_groups` are the groups of images that the interval resamples; None where images have none.
+    """
 
     other: str
     gain: float
     low: float = -math.inf
     high: float = math.inf
+    num_groups: int | None = None
 
     @staticmethod
     def of(other: str, gain: float, errors: Sequence[float | None]) -> Difference:
@@ -52,10 +57,11 @@ class Difference:
 
     @property
     def interval_text(self) -> str:
-        """The interval, such as `95 % interval +0.4 to +5.8`."""
+        """The interval, such as `95 % interval +0.4 to +5.8`, and the groups of images that it resamples."""
+        groups = group_note(self.num_groups)
         if math.isinf(self.low):
-            return "its 95 % interval isn't known"
-        return f"95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+            return f"its 95 % interval isn't known{f': {groups}' if groups else ''}"
+        return f"95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}{f', {groups}' if groups else ''}"
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,8 @@ def difference_on_test(
 ) -> Difference | None:
     """Balanced accuracy of a model as exported, minus another's on `split`; None if one of them was not scored.
 
-    The interval is that of a paired bootstrap within classes, seeds averaged inside; of sweeps of version 0.1, which
-    kept no predictions, that of independent images.
+    The interval is that of a paired bootstrap within classes, and of whole groups where images have some, seeds
+    averaged inside; of sweeps of version 0.1, which kept no predictions, that of independent images.
     """
     own_split, title = splits_of(ours)[-1], title_in(name, split)
     accuracies = [
@@ -120,7 +126,7 @@ def difference_on_test(
         return None
     paired = _paired(log, ours, own_split, theirs, split)
     if paired is not None:
-        return Difference(title, paired.difference, paired.low, paired.high)
+        return Difference(title, paired.difference, paired.low, paired.high, paired.num_groups)
     # All seeds score the same images, so more seeds don't reduce the error.
     errors = [
         next(iter(values_in(records, side, "balanced_standard_error")), None)
@@ -144,7 +150,13 @@ def _paired(
         torch.stack([predictions.correct(side)[is_read] for predictions in runs]).numpy()
         for runs, side in ((predicted[: len(ours)], own_split), (predicted[len(ours) :], split))
     )
-    return paired_difference(own, other, predicted[0].labels[is_read].numpy())
+    groups = predicted[0].groups
+    return paired_difference(
+        own,
+        other,
+        predicted[0].labels[is_read].numpy(),
+        groups=None if groups is None else groups[is_read].numpy(),
+    )
 
 
 def delivered_runs(log: TrialLog) -> list[TrialRecord]:

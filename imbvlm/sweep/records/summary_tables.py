@@ -6,26 +6,30 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from imbvlm.base.formatting import duration, mean_std, percent, pluralize
 from imbvlm.base.text_tables import UNLIMITED, table
 from imbvlm.config.encoder_entries import score_notes
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.split_power import resolve_folds, validation_rows
+from imbvlm.longtail.claims import paired_difference
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.taxonomy import LCA_HEIGHT, RANK_ERROR
+from imbvlm.sweep.records.adjustment_selection import NUM_BEST, logits_file
 from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in, values_in
 from imbvlm.sweep.records.provenance import data_name
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values, name_rank
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import TEST
+from imbvlm.training.validation_logits import read_logits
 
 METRICS = ("top1_accuracy", "balanced_accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy")
 HEADINGS = ("overall", "balanced", "many", "medium", "few")
-NUM_BEST = 8
 MAX_CAUSES = 5
 # Paths, ids in hexadecimal digits, and numbers.
 _VARIABLE = re.compile(
@@ -152,11 +156,13 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
     name, values = baselines[0].name, log.seed_values(best, spec.objective)
     gain = log.mean_value(best, spec.objective) - log.mean_value(baselines[0], spec.objective)
     which = "the winner is" if len(values) == 1 else f"the winner's mean of {len(values)} seeds is"
-    # Trials report the standard error of balanced accuracy only.
+    # Trials report the standard error of balanced accuracy only, and where images have no groups.
     has_error = spec.objective == "val/balanced_accuracy"
     epochs = [record.best_epoch(spec.objective) or {} for record in (best, baselines[0])]
     errors = [epoch.get("val/balanced_standard_error") if has_error else None for epoch in epochs]
     difference = Difference.of(f"the baseline {name}", gain, errors)
+    if None in errors and has_error:
+        difference = _over_groups(difference, log.folder, best, baselines[0])
     if gain <= 0:
         return (
             f"the winner does not beat the baseline {name} on validation ({100 * gain:+.1f} points, "
@@ -164,6 +170,25 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
         )
     sentence = f"{which} {difference.text} on validation ({difference.interval_text})"
     return sentence if difference.is_win else f"{sentence}: no win is shown"
+
+
+def _over_groups(difference: Difference, folder: str, ours: TrialRecord, theirs: TrialRecord) -> Difference:
+    """The difference with the interval of a paired bootstrap over groups of validation images at both best epochs.
+
+    Unchanged where images have no groups or logits are missing.
+    """
+    pair = [read_logits(logits_file(folder, record.trial_id)) for record in (ours, theirs)]
+    saved = [logits for logits in pair if logits is not None]
+    if len(saved) < 2 or saved[0].groups is None or not torch.equal(saved[0].targets, saved[1].targets):
+        return difference
+    logits = [best for own in saved if (best := own.best()) is not None]
+    if len(logits) < 2:
+        return difference
+    own, other = ((of.argmax(dim=1) == saved[0].targets).numpy() for of in logits)
+    paired = paired_difference(own, other, saved[0].targets.numpy(), groups=saved[0].groups.numpy())
+    # More seeds score the same images.
+    shift = difference.gain - paired.difference
+    return replace(difference, low=paired.low + shift, high=paired.high + shift, num_groups=paired.num_groups)
 
 
 def pareto_records(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:

@@ -29,6 +29,7 @@ from imbvlm.longtail.blending import (
 )
 from imbvlm.longtail.claims import Claim, Floats, bias_corrected_claims, corrected_claims, size_correction
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
 from imbvlm.sweep.records.adjustment_selection import Validation, read_validation, select_adjustment
 from imbvlm.sweep.records.refit_selection import confirmed
@@ -103,6 +104,7 @@ class _Pool:
     folds: Tensor
     stats: ClassStats
     num_folds: int
+    groups: Tensor | None = None
     candidates: list[Candidate] = field(default_factory=list)
 
     def has_rows_of(self, saved: SavedValLogits) -> bool:
@@ -177,7 +179,9 @@ def correct_claims(
         return selection
     without_pairs = np.bincount(row_of, weights=of_pairs[0], minlength=len(of_folds[0])) / (selection.num_folds - 1)
     gains = size_correction(of_folds[0], without_pairs, selection.num_folds)
-    claims = corrected_claims(selection.claims, gains, of_folds[1].targets, of_folds[1].stats[0])
+    saved = of_folds[1]
+    groups = None if saved.groups is None else saved.groups.numpy()
+    claims = corrected_claims(selection.claims, gains, saved.targets, saved.stats[0], groups)
     return replace(selection, claims=claims, is_size_corrected=True)
 
 
@@ -256,7 +260,9 @@ def _describe_blend(selection: Selection) -> str:
 def describe_claim(metric: str, claim: Claim) -> str:
     """A claim such as `balanced 64.1 ± 5.0 over 9 classes`, or how little is known."""
     name = metric.removesuffix("_accuracy").replace("_", "-")
-    width = f"± {100 * claim.half_width:.1f} over {pluralize(claim.num_classes, 'class')}"
+    groups = f", {group_note(claim.num_groups)}" if claim.num_groups is not None else ""
+    interval = f"± {100 * claim.half_width:.1f}" if claim.standard_error is not None else "no interval"
+    width = f"{interval} over {pluralize(claim.num_classes, 'class')}{groups}"
     if claim.half_width > MAX_HALF_WIDTH:
         return f"{name} not known ({width})"
     return f"{name} {100 * claim.value:.1f} {width}"
@@ -277,7 +283,7 @@ def _read_pools(folder: str, log: TrialLog, spec: SweepSpec, runs: Mapping[str, 
         pool = next((pool for pool in pools if pool.has_rows_of(rows.saved)), None)
         if pool is None:
             saved = rows.saved
-            pools.append(pool := _Pool(saved.targets, saved.folds, saved.stats[0], len(saved.stats)))
+            pools.append(pool := _Pool(saved.targets, saved.folds, saved.stats[0], len(saved.stats), saved.groups))
         pool.candidates.append(Candidate(record.trial_id, pass_key(config), logits.half()))
     return pools
 
@@ -334,8 +340,9 @@ def _of_more_seeds(
 
 
 def _claims(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, num_passes: int) -> dict[str, Claim]:
-    """Bias-corrected claims of what the whole selection delivers; none for a single row."""
-    if len(pool.targets) < 2:
+    """Bias-corrected claims of what the whole selection delivers; none for a single row or group."""
+    groups = None if pool.groups is None else pool.groups.numpy()
+    if len(np.unique(np.arange(len(pool.targets)) if groups is None else groups)) < 2:
         return {}
     max_members = 1 if spec.blends is None else spec.blends.max_members
     strongest = blend_pool.strongest(max(MIN_CANDIDATES, MAX_CLAIM_ELEMENTS // pool.candidates[0].logits.numel()))
@@ -343,4 +350,4 @@ def _claims(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, num_passes: int
     def correct_of_selected(row_weights: Tensor) -> Tensor:
         return strongest.correct(strongest.select(row_weights, num_passes, max_members))
 
-    return bias_corrected_claims(correct_of_selected, pool.targets, pool.stats)
+    return bias_corrected_claims(correct_of_selected, pool.targets, pool.stats, groups=groups)

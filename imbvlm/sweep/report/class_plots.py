@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from imbvlm.base.formatting import percent
 from imbvlm.longtail.class_stats import MANY_SHOT_ABOVE, MEDIUM_SHOT_FROM, SHOT_GROUPS
+from imbvlm.longtail.group_gap import GroupedRows, group_standard_error
 from imbvlm.longtail.metrics import balanced_standard_error, per_class_accuracy
 from imbvlm.sweep.records.difference import title_in
 from imbvlm.sweep.report.plotting import (
@@ -139,9 +140,10 @@ def accuracy_over_size(source: ReportData) -> Figure | None:
     has_marks = bool(results) and len(results[0][1].total) <= MAX_MARKS
     curves = [
         _Curve(
-            title_in(refit.name, record.split), _look(source, refit), binned_accuracy(record),
+            title_in(refit.name, record.split), _look(source, refit), binned_accuracy(record, rows),
             _class_marks(record) if has_marks else (),
         ) for refit, record in results
+        for rows in [source.grouped_rows if refit is source.delivered else None]
     ]  # fmt: skip
 
     def draw(axes: Axes) -> None:
@@ -177,8 +179,11 @@ def _note(source: ReportData) -> str:
     return " This sweep has stored its classes as trained, before adjustment."
 
 
-def binned_accuracy(record: PerClassResults) -> list[tuple[float, float, float]]:
-    """Size, mean accuracy and its standard error of groups of classes of similar size, the smallest first."""
+def binned_accuracy(record: PerClassResults, rows: GroupedRows | None = None) -> list[tuple[float, float, float]]:
+    """Size, mean accuracy and its standard error of groups of classes of similar size, the smallest first.
+
+    The error of `rows` with groups of images is that of resampled groups, not a number where these are too few.
+    """
     scored = np.flatnonzero(record.total > 0)
     order = scored[np.argsort(record.stats.split_counts[scored], kind="stable")]
     groups = _groups_of_like_size(record.stats.split_counts[order])
@@ -190,6 +195,9 @@ def binned_accuracy(record: PerClassResults) -> list[tuple[float, float, float]]
         # All seeds score the same images, so they don't reduce the error.
         seeds = max(1, record.num_seeds)
         error = balanced_standard_error(record.correct[labels] // seeds, np.maximum(record.total[labels] // seeds, 1))
+        if rows is not None:
+            of_groups = group_standard_error(rows.of_classes(labels), error)
+            error = math.nan if of_groups is None else of_groups
         points.append((math.exp(float(np.log(sizes).mean())), float(accuracy.mean()), error))
     return points
 

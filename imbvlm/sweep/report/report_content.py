@@ -15,6 +15,7 @@ from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.claims import Claim
 from imbvlm.longtail.class_stats import SHOT_GROUPS
+from imbvlm.longtail.group_gap import GroupedRows, group_note, group_standard_error
 from imbvlm.longtail.metrics import balanced_standard_error
 from imbvlm.sweep.plan.feasibility import data_counts, num_folds
 from imbvlm.sweep.records.difference import Verdict, title_in
@@ -209,7 +210,7 @@ def _test_facts(source: ReportData, delivered: ScoredRefit) -> list[HeadlineNumb
         values = delivered.values_in(split, metric)
         if not values:
             continue
-        half_width, rows = _interval(delivered.classes, group)
+        half_width, rows = _interval(delivered.classes, group, source.grouped_rows)
         runs = source.delivered_runs
         seeds = [] if runs is None or runs is delivered else runs.values_in(runs.splits[-1], metric)
         notes = [rows, *([f"over {len(seeds)} seeds {mean_std(seeds)}"] if len(seeds) > 1 else [])]
@@ -222,23 +223,32 @@ def _test_facts(source: ReportData, delivered: ScoredRefit) -> list[HeadlineNumb
     return facts
 
 
-def _interval(classes: PerClassResults | None, group: str) -> tuple[str, str]:
-    """A 95 % interval's half-width such as ` ± 2.1`, by the sampling of images in each class, and their number."""
+def _interval(classes: PerClassResults | None, group: str, rows: GroupedRows | None) -> tuple[str, str]:
+    """A 95 % interval's half-width such as ` ± 2.1`, by the sampling of images in each class, and their number.
+
+    `rows` with groups have it by resampled groups, or none where these are too few.
+    """
     if classes is None:
         return "", ""
     members = classes.stats.shot_groups.get(group, np.arange(len(classes.total)))
     correct, total = classes.correct[members] / classes.num_seeds, classes.total[members] // classes.num_seeds
     if group == "top1":
         correct, total = correct.sum(keepdims=True), total.sum(keepdims=True)
-    rows = f"{total.sum():,} test images in {pluralize(int((classes.total[members] > 0).sum()), 'class')}"
-    return f" ± {percent(Z95 * balanced_standard_error(correct, total))}", rows
+    counts = f"{total.sum():,} test images in {pluralize(int((classes.total[members] > 0).sum()), 'class')}"
+    error: float | None = balanced_standard_error(correct, total)
+    if rows is not None and error is not None:
+        rows = rows.of_classes(members, joined=group == "top1")
+        error, counts = group_standard_error(rows, error), f"{counts}, {group_note(rows.num_groups)}"
+    return "" if error is None else f" ± {percent(Z95 * error)}", counts
 
 
 def _claimed(metric: str, claim: Claim, basis: str) -> HeadlineNumber:
     is_number = claim.half_width <= MAX_HALF_WIDTH
     value = f"{percent(claim.value)} ± {percent(claim.half_width)} %" if is_number else "not known"
-    rows = f"to expect, over {pluralize(claim.num_classes, 'class')} and {claim.num_rows:,} validation images"
-    notes = (rows, basis, *([] if is_number else [f"they tell it to ± {percent(claim.half_width)} points"]))
+    groups = f", {group_note(claim.num_groups)}" if claim.num_groups is not None else ""
+    rows = f"to expect, over {pluralize(claim.num_classes, 'class')} and {claim.num_rows:,} validation images{groups}"
+    is_wide = not is_number and claim.standard_error is not None
+    notes = (rows, basis, *([f"they tell it to ± {percent(claim.half_width)} points"] if is_wide else []))
     return HeadlineNumber(score_tables.group_name(metric.removesuffix("_accuracy")), value, notes)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.json_file import read_json
 from imbvlm.longtail.blending import BlendMember
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.group_gap import GroupedRows
 from imbvlm.sweep.records.difference import (
     Difference,
     Verdict,
@@ -34,7 +36,7 @@ from imbvlm.sweep.spec.manifest_path import with_located_manifest
 from imbvlm.sweep.spec.search_space import SearchSpace
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.per_class_results import PER_CLASS_FILE
-from imbvlm.training.test_predictions import POST_HOC, TEST
+from imbvlm.training.test_predictions import POST_HOC, TEST, TestPredictions
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,20 @@ class ReportData:
     def delivered(self) -> ScoredRefit | None:
         """The delivered model as exported, or the winner's refits in sweeps of version 0.1; None without them."""
         return self._named(DELIVERED) or self._named(WINNER)
+
+    @cached_property
+    def grouped_rows(self) -> GroupedRows | None:
+        """The delivered model's test images with their groups, as exported; None where images have none."""
+        delivered = self.delivered
+        records = () if delivered is None else delivered.records
+        folders = [storage.join(self.folder, "refits", record.trial_id) for record in records]
+        read = [predictions for predictions in map(TestPredictions.read, folders) if predictions is not None]
+        if delivered is None or len(read) < len(records) or not read or read[0].groups is None:
+            return None
+        is_read = torch.stack([predictions.predicted[TEST] >= 0 for predictions in read]).all(dim=0)
+        correct = torch.stack([predictions.correct(delivered.splits[-1])[is_read] for predictions in read]).double()
+        labels, groups = (ids[is_read].numpy() for ids in (read[0].labels, read[0].groups))
+        return GroupedRows(labels, groups, correct.mean(dim=0).numpy())
 
     @property
     def delivered_runs(self) -> ScoredRefit | None:

@@ -15,6 +15,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import duration, mean_std, percent
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.taxonomy_file import RANK_SCORES_FILE, ModelTaxonomy, learn_for, read_rank_scores
+from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.metrics import per_class_accuracy
 from imbvlm.longtail.roll_up import RankScores
 from imbvlm.sweep.records.delivered_model import delivered_members, validation_rank_scores
@@ -156,9 +157,11 @@ def margins(source: ReportData) -> Table | None:
                 "-" if math.isinf(difference.low) else f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
             )
             rows.append([f"over {difference.other}", *gains, interval])
+    notes = {group_note(difference.num_groups) for difference in source.differences.values()} - {""}
+    groups = f" Images have groups: {', '.join(notes)}." if notes else ""
     caption = (
         "Points. ± is the standard deviation over the seeds of both models. The number of test images determines the "
-        "interval; a win has the whole interval above 0."
+        f"interval; a win has the whole interval above 0.{groups}"
     )
     header = [winner.title, *(ACCURACIES[metric] for metric in shown), "95 % interval (balanced)"]
     return Table("margins", "Margin", header, rows, caption=caption)

@@ -13,7 +13,7 @@ from imbvlm.base.formatting import pluralize
 from imbvlm.base.plugin_files import plugin_options
 from imbvlm.data.folds import deal_folds
 from imbvlm.data.split_power import NUM_FOLDS
-from imbvlm.longtail.group_gap import FoldResults, group_gap, worst_groups
+from imbvlm.longtail.group_gap import GroupedRows, group_gap, worst_groups
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members
@@ -90,7 +90,7 @@ def _trial_id(member: DeliveredMember, side: str) -> str:
     return f"{member.refit.record.trial_id}-{side}"
 
 
-def _fold_results(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int, side: str) -> FoldResults | None:
+def _fold_results(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int, side: str) -> GroupedRows | None:
     """The members' predictions together for the rows of all folds; None where a run has no logits.
 
     Heads count as adjusted, without their share of zero-shot logits, which no fold trains.
@@ -114,4 +114,4 @@ def _fold_results(run: SweepRun, members: Sequence[DeliveredMember], num_folds: 
     labels = table.labels[rows]
     # A group's id is the number of its first row.
     _, first, index = np.unique(table.groups, return_index=True, return_inverse=True)
-    return FoldResults(labels, first[index][rows], total.argmax(dim=1).numpy() == labels)
+    return GroupedRows(labels, first[index][rows], total.argmax(dim=1).numpy() == labels)

@@ -31,6 +31,7 @@ from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.model_builder import build_model
 from imbvlm.sweep.records.adjustment_selection import (
     LIKELIHOOD,
+    NUM_BEST,
     POST_HOC_FILE,
     describe_post_hoc,
     logits_file,
@@ -41,7 +42,6 @@ from imbvlm.sweep.records.adjustment_selection import (
     write_post_hoc,
 )
 from imbvlm.sweep.records.refit_selection import Refit
-from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.trial_session import TrialSession, TrialSettings
@@ -329,9 +329,11 @@ def test_what_a_killed_writer_has_left_goes_when_no_trial_runs(tmp_path: Path) -
     assert not begun.exists()
 
 
-def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path: Path) -> None:
-    rows, classes = 50, 20
-    val, stats = SimpleNamespace(labels=np.zeros(rows, int)), ClassStats.from_counts([9] * classes)
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_a_file_takes_no_more_than_is_planned_for_it(tmp_path: Path, has_groups: bool) -> None:
+    rows, classes = 500, 20
+    val = SimpleNamespace(labels=np.zeros(rows, int), groups=np.arange(rows) if has_groups else None)
+    stats = ClassStats.from_counts([9] * classes)
     data = SimpleNamespace(val=val, class_stats=stats, official=None)
     keeper = ValLogitsWriter.open(str(tmp_path / "l"), [data])
     keeper.keep(1, torch.zeros(rows, classes).half(), is_best=True, is_last=False)

@@ -7,7 +7,8 @@ import pytest
 from imbvlm.base.formatting import duration, percent
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.records import summary_tables
-from imbvlm.sweep.records.summary_tables import NUM_BEST, search_table
+from imbvlm.sweep.records.adjustment_selection import NUM_BEST
+from imbvlm.sweep.records.summary_tables import search_table
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord, describe_trial
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 

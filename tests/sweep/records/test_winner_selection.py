@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sweep_folder import sweep_spec
 
 from imbvlm.base.errors import ImbvlmError
@@ -206,6 +206,43 @@ def test_where_nothing_is_gained_the_winner_is_delivered_alone(log: TrialLog, sp
     again = TrialLog.read(log.folder)
     assert again.selected == selection.selected
     assert "the blend beats it" not in verdict(again, spec)
+
+
+def set_groups(log: TrialLog, num_groups: int) -> None:
+    """Give the saved rows of all trials groups, as a manifest with groups does; each trial's last epoch is its best."""
+    for path in Path(logits_file(log.folder, "x")).parent.iterdir():
+        tensors = load_file(path)
+        tensors["best"], tensors["epochs"] = tensors.pop("last", tensors.get("best")), torch.tensor([1, 1])
+        save_file({**tensors, "groups": torch.arange(len(tensors["targets"])) % num_groups}, path)
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "words"),
+    [
+        (40, "balanced \\d\\d.\\d ± \\d.\\d over 5 classes, 40 groups resampled"),
+        (6, "balanced not known .no interval over 5 classes, 6 groups are too few for one, it takes 10."),
+    ],
+)
+def test_claims_and_verdict_on_images_in_groups_are_of_groups(
+    log: TrialLog, spec: SweepSpec, num_groups: int, words: str
+) -> None:
+    add(log, "b00001", 0.6, logits(5, 4.0), "baseline", "linear probe")
+    add(log, "t00001", 0.8, logits(0, 0.7))
+    plain = selected(log, spec)
+    set_groups(log, num_groups)
+    selection = selected(log, spec)
+    assert plain.claims["balanced_accuracy"].num_groups is None
+    assert re.search(words, describe_selection(selection, log, spec, has_test=False)), selection.claims
+    write_selection(log.folder, selection)
+    assert read_selection(log.folder) == selection
+    note = "40 groups resampled" if num_groups == 40 else "its 95 % interval isn't known: 6 groups are too few for one"
+    assert note in verdict(log, spec)
+
+
+def test_claims_need_two_groups(log: TrialLog, spec: SweepSpec) -> None:
+    add(log, "t00001", 0.8, logits(0, 1.0))
+    set_groups(log, 1)
+    assert selected(log, spec).claims == {}
 
 
 def test_a_blend_whose_test_logits_take_too_much_memory_is_not_sought(log: TrialLog, spec: SweepSpec) -> None:

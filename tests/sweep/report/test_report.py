@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sweep_folder import SPACE, sweep_spec, write_sweep
 
@@ -42,6 +43,7 @@ from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.report_statistics import importances, rank_correlation, rungs
 from imbvlm.sweep.report.report_writer import write_report
 from imbvlm.sweep.report.score_tables import compared_classes, group_name
+from imbvlm.training.test_predictions import TestPredictions
 
 COUNTS = [500, 200, 120, 60, 30, 20, 15, 8, 3, 0]
 LONG_TAIL = [max(1, int(1000 / (rank + 1))) for rank in range(8142)]
@@ -566,6 +568,34 @@ def test_margins_stand_beside_the_seeds_spread_and_the_interval(tmp_path: Path) 
         )
         assert row[heading] == f"{gain:+.1f} ± {spread_:.1f}"
     assert re.fullmatch(r"\[\+\d+\.\d, \+\d+\.\d\]", row["95 % interval (balanced)"])
+
+
+@pytest.mark.parametrize("num_groups", [30, 4])
+def test_intervals_of_test_images_in_groups_are_of_groups(tmp_path: Path, num_groups: int) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    plain = build(ReportData.read(str(folder)))
+    for refit in (folder / "refits").iterdir():
+        counts = json.loads((refit / "per_class.json").read_text(encoding="utf-8"))["splits"]["test"]
+        labels = np.repeat(np.arange(len(COUNTS)), counts["total"])
+        is_right = np.concatenate(
+            [np.arange(total) < right for total, right in zip(counts["total"], counts["correct"], strict=True)]
+        )
+        predicted = np.where(is_right, labels, (labels + 1) % len(COUNTS))
+        groups, rows = np.arange(len(labels)) % num_groups, np.arange(len(labels))
+        tensors = [torch.from_numpy(values) for values in (labels, rows, predicted, groups)]
+        TestPredictions(tensors[0], tensors[1], {"test": tensors[2]}, tensors[3]).write(str(refit))
+    report = build(ReportData.read(str(folder)))
+    note = f"{num_groups} groups resampled" if num_groups == 30 else "4 groups are too few for one, it takes 10"
+    assert note in report.verdict.statement
+    assert ("interval isn't known" in report.verdict.statement) == (num_groups == 4)
+    assert report.verdict.is_win == (num_groups == 30)
+    # A few classes can have images of fewer groups.
+    for fact, before in list(zip(report.facts, plain.facts, strict=True))[:2]:
+        assert fact.notes[0] == f"{before.notes[0]}, {note}"
+        assert ("±" in fact.value) == (num_groups == 30)
+        assert fact.value.split()[0] == before.value.split()[0]
+    (margins,) = [table for table in report.all_tables if table.name == "margins"]
+    assert f"Images have groups: {note}." in margins.caption
 
 
 def test_several_objectives_have_their_pareto_set(tmp_path: Path) -> None:

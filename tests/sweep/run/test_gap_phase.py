@@ -64,6 +64,8 @@ def test_both_kinds_of_folds_are_scored_and_the_difference_is_said(
     assert len(gap.worst) == min(10, num_groups)
     assert "heads of the delivered model have balanced" in printed.getvalue()
     assert ("too few for an interval" in printed.getvalue()) == (num_groups < 10)
+    assert saved.groups is not None
+    assert saved.groups.tolist()[: len(of_folds)] == rows.groups[val_rows].tolist()
     # Nothing is run twice.
     driver.groups = []
     measure_gap(begun(tmp_path / "sweep", features))

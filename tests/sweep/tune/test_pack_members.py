@@ -28,9 +28,8 @@ from imbvlm.base.errors import DiskFullError
 from imbvlm.base.schema import Tree
 from imbvlm.config.method_registry import METHODS
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.sweep.records.adjustment_selection import logits_file
+from imbvlm.sweep.records.adjustment_selection import NUM_BEST, logits_file
 from imbvlm.sweep.records.budget import Budget
-from imbvlm.sweep.records.summary_tables import NUM_BEST
 from imbvlm.sweep.records.trial_log import TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec
 from imbvlm.sweep.tune import in_process_trial
