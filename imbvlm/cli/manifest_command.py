@@ -177,7 +177,7 @@ def build(
                     f"{option} needs --imbalance-factor, which makes a tail. Add one, or leave {option} out."
                 )
     tree_file = taxonomy if taxonomy is not None and taxonomy.lower().endswith(".csv") else None
-    if taxonomy is not None and tree_file is None and not table:
+    if taxonomy is not None and tree_file is None and not (table and taxonomy):
         raise ImbvlmError(
             f"--taxonomy takes a .csv file, or columns of a --table, got {taxonomy!r}. Write the tree as a CSV file."
         )

@@ -52,17 +52,17 @@ _MAX_GROWTH, _MIN_LIMIT_BYTES, _BATCH_ROWS = 200, 1_000_000_000, 1024
 
 
 class ManifestError(ImbvlmError):
-    """All mistakes of a manifest; `findings` lists them."""
+    """All mistakes of a manifest, or of what one is built from (`noun`); `findings` lists them."""
 
-    def __init__(self, source: str, findings: Sequence[str]) -> None:
-        self.source, self.findings = source, tuple(findings)
+    def __init__(self, source: str, findings: Sequence[str], noun: str = "manifest") -> None:
+        self.source, self.findings, self.noun = source, tuple(findings), noun
         heading = "1 thing is" if len(findings) == 1 else f"{len(findings)} things are"
         super().__init__(
-            "\n".join([f"{heading} wrong with the manifest {source}:", *(f"  {printable(f)}" for f in findings)])
+            "\n".join([f"{heading} wrong with the {noun} {source}:", *(f"  {printable(f)}" for f in findings)])
         )
 
-    def __reduce__(self) -> tuple[type[ManifestError], tuple[str, tuple[str, ...]]]:
-        return (ManifestError, (self.source, self.findings))
+    def __reduce__(self) -> tuple[type[ManifestError], tuple[str, tuple[str, ...], str]]:
+        return (ManifestError, (self.source, self.findings, self.noun))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from imbvlm.base.formatting import pluralize
 
 Rows = npt.NDArray[np.int64]
+# Places of a name that a sentence lists.
+_MAX_PLACES = 5
 
 # Names of metrics; that of a rank's error ends with the rank.
 RANK_ERROR, LCA_HEIGHT = "rank_error/", "lca_height"
@@ -95,7 +97,9 @@ def _parent_findings(ranks: Sequence[str], lineages: Sequence[tuple[str, ...]]) 
 
 def in_several_places(subject: str, places: Iterable[str]) -> str:
     """A sentence about a name that a tree has in several places."""
-    listed = " and in ".join(repr(place) for place in places)
+    shown = [repr(place) for place in places]
+    rest = [f"{len(shown) - _MAX_PLACES:,} more"] if len(shown) > _MAX_PLACES else []
+    listed = " and in ".join([*shown[:_MAX_PLACES], *rest])
     return f"{subject} lies in {listed}; give it one place, or each of them a name of its own"
 
 

@@ -70,9 +70,10 @@ def read_groups(manifest: Manifest, source: str, root: str) -> list[str | None]:
         return _from_exif(manifest, source.removeprefix(_EXIF))
     try:
         pattern = re.compile(source)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ImbvlmError(
-            f"--group-from must be a regular expression, got {source!r} ({error}). Write one such as '(cam[0-9]+)/'."
+            f"--group-from must be a regular expression, got {source[:200]!r} ({error}). "
+            "Write one such as '(cam[0-9]+)/'."
         ) from None
     if not pattern.groups:
         raise ImbvlmError(

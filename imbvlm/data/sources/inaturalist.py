@@ -70,7 +70,9 @@ def from_inaturalist(
     files = {split: _load_json(path) for split, path in annotations.items()}
     for split, file in files.items():
         if not isinstance(file, dict):
-            raise ManifestError(annotations[split], [f"it should be an object with images and annotations{_FIX}"])
+            raise ManifestError(
+                annotations[split], [f"it should be an object with images and annotations{_FIX}"], "file"
+            )
     where = categories or next((annotations[split] for split, file in files.items() if file.get("categories")), None)
     if where is None:
         raise ManifestError(name, ["no file has categories"])
@@ -105,9 +107,9 @@ def _load_json(path: str) -> Any:
     try:
         return json.loads(storage.read_bytes(path))
     except RecursionError:
-        raise ManifestError(path, ["its values are nested too deeply"]) from None
+        raise ManifestError(path, ["its values are nested too deeply"], "file") from None
     except ValueError as error:
-        raise ManifestError(path, [f"it is no JSON: {error}"]) from None
+        raise ManifestError(path, [f"it is no JSON: {error}"], "file") from None
 
 
 def _has_categories(file: Mapping[str, Any]) -> bool:
@@ -118,12 +120,12 @@ def _entries(file: Mapping[str, Any], key: str, source: str) -> list[dict[str, A
     """A list in a file, whose entries have valid fields; raises ManifestError for the first wrong one."""
     entries = file.get(key)
     if not isinstance(entries, list):
-        raise ManifestError(source, [f"{key!r} should be a list{_FIX}"])
+        raise ManifestError(source, [f"{key!r} should be a list{_FIX}"], "file")
     for index, entry in enumerate(entries):
         for name, (rule, is_valid) in _FIELDS[key].items():
             if not isinstance(entry, dict) or not is_valid(entry.get(name)):
                 shown = f"{entry.get(name)!r:.60}" if isinstance(entry, dict) else f"the entry {entry!r:.60}"
-                raise ManifestError(source, [f"{key}[{index}].{name} should be {rule}, and is {shown}{_FIX}"])
+                raise ManifestError(source, [f"{key}[{index}].{name} should be {rule}, and is {shown}{_FIX}"], "file")
     return entries
 
 
@@ -133,7 +135,7 @@ def _classes(taxa: list[dict[str, Any]], rank: str, names: str, source: str) -> 
     repeated = [str(taxon["id"]) for taxon, following in pairwise(taxa) if int(taxon["id"]) == int(following["id"])]
     if repeated:
         number = pluralize(len(repeated), "category id")
-        raise ManifestError(source, [f"{number} given twice: {join_limited(repeated, 3)}"])
+        raise ManifestError(source, [f"{number} given twice: {join_limited(repeated, 3)}"], "file")
     if rank == "species":
         return {int(taxon["id"]): label for label, taxon in enumerate(taxa)}, [_name(taxon, names) for taxon in taxa]
     without_rank = [str(taxon["id"]) for taxon in taxa if not taxon.get(rank)]
@@ -200,11 +202,11 @@ def _rows(
     }
     unlabeled = [str(image["file_name"]) for image in images if image["id"] not in category_of]
     if unlabeled:
-        raise ManifestError(source, [f"{len(unlabeled)} images have no annotation, such as {unlabeled[0]}"])
+        raise ManifestError(source, [f"{len(unlabeled)} images have no annotation, such as {unlabeled[0]}"], "file")
     if group_by is not None and not any(group_by in image for image in images):
         fields = sorted({field for image in images[:100] for field in image})
         problem = f"its images have no field {group_by!r} for groups; {suggest_name(group_by, fields)}"
-        raise ManifestError(source, [problem])
+        raise ManifestError(source, [problem], "file")
     groups = [None if group_by is None else image.get(group_by) for image in images]
     # The manifest's own check reports the rows with an unknown category, which is label -1.
     labels = [label_of.get(category_of[image["id"]], -1) for image in images]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -179,15 +180,26 @@ def split_of_file(path: str) -> str | None:
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
-def read_lines(path: str) -> list[str]:
-    """A text file's lines. Raises ManifestError for a line that isn't UTF-8, StorageError."""
+def read_text(path: str, noun: str = "file") -> bytes:
+    """A text file's bytes. Raises ManifestError for UTF-16 and for what is no text, StorageError."""
     data = storage.read_bytes(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        problem = "it is in UTF-16, as Excel's 'Unicode Text' is, or no text; save it as UTF-8 ('CSV UTF-8')"
+        raise ManifestError(path, [problem], noun)
+    return data
+
+
+def read_lines(path: str, noun: str = "file") -> list[str]:
+    """A text file's lines. Raises ManifestError for a line that isn't UTF-8, StorageError."""
+    data = read_text(path, noun)
     try:
         return data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start)
         line = data.split(b"\n", number + 1)[number][:80].decode("utf-8", "backslashreplace").strip()
-        raise ManifestError(path, [f"{path}:{number + 1}: '{line}' is not UTF-8; save the file as UTF-8"]) from None
+        raise ManifestError(
+            path, [f"{path}:{number + 1}: '{line}' is not UTF-8; save the file as UTF-8"], noun
+        ) from None
 
 
 def read_class_names(path: str) -> list[str]:
@@ -199,6 +211,6 @@ def read_class_names(path: str) -> list[str]:
     if lines and all(numbered):
         pairs = sorted((int(match[1]), match[2].strip()) for match in numbered if match)
         if any(after[0] != before[0] + 1 for before, after in pairwise(pairs)) or pairs[0][0] != 0:
-            raise ManifestError(path, ["its numbered class names don't run 0, 1, 2, ..."])
+            raise ManifestError(path, ["its numbered class names don't run 0, 1, 2, ..."], "file")
         return [name for _, name in pairs]
     return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import re
@@ -26,7 +25,7 @@ from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.files.byte_ranges import ContainerWriter
 from imbvlm.data.manifest import METADATA_KEY, Manifest, ManifestError
 from imbvlm.data.manifest_schema import metadata_findings, type_findings
-from imbvlm.data.sources.manifest_builder import assemble, below_root, folders_of, split_of_file
+from imbvlm.data.sources.manifest_builder import assemble, below_root, folders_of, read_text, split_of_file
 from imbvlm.data.sources.taxonomy_files import taxonomy_of_rows
 
 # Usual names of each column, the most likely first; groups are read only where they are asked for.
@@ -126,7 +125,7 @@ class _Rows:
             texts = [names[kind] for kind in ("uri", "label", "split", "group") if kind in names]
             problems += _line_break_findings(table, texts)
         if problems:
-            raise ManifestError(path, problems)
+            raise ManifestError(path, problems, "table")
         labels = table.column(names["label"])
         self.labels.append(labels if pa.types.is_integer(labels.type) else _texts(table, names["label"], path))
         if "split" in names:
@@ -183,7 +182,7 @@ def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str], ranks
     problems += [f"{present.count(name)} columns are called {name!r}; rename all but one" for name in repeated]
     problems += type_findings(table.schema, read - set(repeated))
     if problems:
-        raise ManifestError(path, problems)
+        raise ManifestError(path, problems, "table")
     return names
 
 
@@ -228,7 +227,7 @@ def _texts(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
         return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         problem = f"the column {name!r} must be text or whole numbers, and is of the type {column.type}"
-        raise ManifestError(path, [f"{problem}; choose another one by --column"]) from None
+        raise ManifestError(path, [f"{problem}; choose another one by --column"], "table") from None
 
 
 def _label_values(
@@ -256,7 +255,7 @@ def _label_values(
         problems.append(f"{pluralize(len(large), 'label')} too large for a class id: {join_limited(sorted(large))}")
     if problems:
         fix = "list every class by --class-names where names are numbers"
-        raise ManifestError(source, [f"{problem}; {fix}" for problem in problems])
+        raise ManifestError(source, [f"{problem}; {fix}" for problem in problems], "table")
     return [int(text) for text in texts]
 
 
@@ -305,7 +304,7 @@ def _stored_class_names(schema: pa.Schema, label: str, path: str) -> list[str] |
     except ValidationError as error:
         fix = "list the classes by --class-names to skip it"
         findings = metadata_findings(error, key.decode())
-        raise ManifestError(path, [f"{finding}; {fix}" for finding in findings]) from None
+        raise ManifestError(path, [f"{finding}; {fix}" for finding in findings], "table") from None
 
 
 def _batches(path: str) -> Iterator[pa.Table]:
@@ -316,11 +315,13 @@ def _batches(path: str) -> Iterator[pa.Table]:
         "parquet": _read_parquet,
     }  # fmt: skip
     if suffix not in readers:
-        raise ManifestError(path, [f"tables are .csv, .tsv, .jsonl or .parquet; {suggest_name(suffix, readers)}"])
+        raise ManifestError(
+            path, [f"tables are .csv, .tsv, .jsonl or .parquet; {suggest_name(suffix, readers)}"], "table"
+        )
     try:
         yield from readers[suffix](path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ManifestError(path, [f"it can't be read as {suffix}: {error}"]) from None
+        raise ManifestError(path, [f"it can't be read as {suffix}: {error}"], "table") from None
 
 
 def _read_csv(path: str) -> list[pa.Table]:
@@ -357,7 +358,9 @@ def _check_quotes(data: bytes, delimiter: str, path: str) -> None:
         rule = "a cell that begins with a quote must end with one, and a quote within it is written twice"
         if "field limit" in str(error):
             rule = "remove the column with such long cells, or write the table as Parquet"
-        raise ManifestError(path, [f"the row that begins in line {line} can't be read ({error}): {rule}"]) from None
+        raise ManifestError(
+            path, [f"the row that begins in line {line} can't be read ({error}): {rule}"], "table"
+        ) from None
 
 
 def _read_json(path: str) -> list[pa.Table]:
@@ -369,22 +372,24 @@ def _read_json(path: str) -> list[pa.Table]:
     levels_at = np.concatenate([[0], np.cumsum(steps)])
     levels = (levels_at - np.minimum.accumulate(levels_at))[1:]
     if levels.max(initial=0) > _MAX_LEVELS:
-        raise ManifestError(path, [f"a value in it is nested more than {_MAX_LEVELS} levels deep; write plain values"])
+        raise ManifestError(
+            path, [f"a value in it is nested more than {_MAX_LEVELS} levels deep; write plain values"], "table"
+        )
     if (levels[marks == ord("n")] == 0).any():
-        raise ManifestError(path, ['a row in it is null; every row is an object, such as {"path": ..., "label": ...}'])
+        raise ManifestError(
+            path, ['a row in it is null; every row is an object, such as {"path": ..., "label": ...}'], "table"
+        )
     return [pa_json.read_json(pa.BufferReader(data))]
 
 
 def _read_utf8(path: str) -> bytes:
-    data = storage.read_bytes(path)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ManifestError(path, ["it is in UTF-16, as Excel's 'Unicode Text' is; save it as UTF-8 ('CSV UTF-8')"])
+    data = read_text(path, "table")
     try:
         data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         problem = f"line {line} is not in UTF-8, and may be in Latin-1 or Windows-1252; save the file as UTF-8"
-        raise ManifestError(path, [problem]) from None
+        raise ManifestError(path, [problem], "table") from None
     return data
 
 

@@ -11,12 +11,14 @@ import numpy.typing as npt
 
 from imbvlm.base.csv_cells import unescape_cell
 from imbvlm.base.errors import suggest_name
+from imbvlm.base.formatting import pluralize
 from imbvlm.data.manifest import ManifestError
 from imbvlm.data.sources.manifest_builder import read_lines
 from imbvlm.longtail.taxonomy import Taxonomy, in_several_places, lineage_findings
 
 # The second heading of a file that has the parent of each name; the ranks of such a file have no names.
 PARENT = "parent"
+_TREE = "tree"
 _MAX_SUGGESTED = 20
 Lineages = Mapping[str, tuple[str, ...]]
 
@@ -33,7 +35,7 @@ def read_taxonomy(path: str, class_names: Sequence[str]) -> Taxonomy:
         ranks, lineages, findings = _from_parents(rows, class_names)
     else:
         ranks, (lineages, findings) = heading[1:], _from_lineages(rows, class_names)
-    return _checked((*ranks, heading[0]), lineages, findings, {row[0] for row in rows}, class_names, path)
+    return _checked((*ranks, heading[0]), lineages, findings, {row[0] for row in rows}, class_names, path, _TREE)
 
 
 def taxonomy_of_rows(
@@ -49,7 +51,8 @@ def taxonomy_of_rows(
     """
     distinct = dict.fromkeys(zip(labels.tolist(), lineages, strict=True))
     rows = [[class_names[label], *names] for label, names in distinct]
-    return _checked(ranks, *_from_lineages(rows, class_names), {row[0] for row in rows}, class_names, source)
+    noun = "tree in the columns of"
+    return _checked(ranks, *_from_lineages(rows, class_names), {row[0] for row in rows}, class_names, source, noun)
 
 
 def _checked(
@@ -59,6 +62,7 @@ def _checked(
     names: Iterable[str],
     class_names: Sequence[str],
     source: str,
+    noun: str,
 ) -> Taxonomy:
     """The tree over the classes; raises ManifestError with these and all other findings. `names` are those of rows."""
     present = set(names)
@@ -68,23 +72,31 @@ def _checked(
     taxonomy = Taxonomy(tuple(ranks), tuple(lineages[name] for name in placed))
     findings += lineage_findings(taxonomy, placed)
     if findings:
-        raise ManifestError(source, findings)
+        raise ManifestError(source, findings, noun)
     return taxonomy
 
 
 def _cells(path: str) -> list[list[str]]:
     """The cells of all rows that have any, the heading first, each row as long as the heading."""
     try:
-        read = [[unescape_cell(cell).strip() for cell in row] for row in csv.reader(read_lines(path), strict=True)]
+        read = [
+            [unescape_cell(cell).strip() for cell in row] for row in csv.reader(read_lines(path, _TREE), strict=True)
+        ]
     except csv.Error as error:
-        raise ManifestError(path, [f"it can't be read as CSV: {error}. Close every quote."]) from None
+        raise ManifestError(path, [f"it can't be read as CSV: {error}. Close every quote."], _TREE) from None
     rows = [row for row in read if any(row)]
     if not rows or len(rows[0]) < 2:
-        raise ManifestError(path, ["a tree begins with a heading, such as species,order,family or class,parent"])
+        heading = f", got {','.join(rows[0])[:80]!r}" if rows else ", and is empty"
+        rule = f"it must begin with a heading, such as species,order,family or class,parent, between commas{heading}"
+        raise ManifestError(path, [rule], _TREE)
+    nameless = sum(not row[0] for row in rows[1:])
+    if nameless:
+        problem = f"{pluralize(nameless, 'row')} without a name in the first column; name the class or ancestor"
+        raise ManifestError(path, [problem], _TREE)
     long = [row[0] for row in rows if len(row) > len(rows[0])]
     if long:
         raise ManifestError(path, [f"{name!r} has more cells than the heading; put names with commas in quotes"
-                                   for name in long])  # fmt: skip
+                                   for name in long], _TREE)  # fmt: skip
     return [row + [""] * (len(rows[0]) - len(row)) for row in rows]
 
 

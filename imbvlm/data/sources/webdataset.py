@@ -145,7 +145,7 @@ def _read_shard(path: str) -> _Shard:
                     shard.links.append(member.name)
             shard.has_end = archive.offset < filesystem.get_file_info(inner).size
     except tarfile.TarError as error:
-        raise ManifestError(path, [f"it can't be read as an uncompressed tar file: {error}"]) from None
+        raise ManifestError(path, [f"it can't be read as an uncompressed tar file: {error}"], "shard") from None
     except OSError as error:
         raise storage.storage_error("read", path, error) from None
     return shard
@@ -168,7 +168,7 @@ def _add_member(shard: _Shard, path: str, archive: tarfile.TarFile, member: tarf
         sample["uri"] = range_uri(path, member.offset_data, member.size)
     elif extension in ("cls", "json"):
         if member.size > _MAX_LABEL_BYTES:
-            raise ManifestError(path, [f"{member.name} has {member.size:,} bytes, too many for a label"])
+            raise ManifestError(path, [f"{member.name} has {member.size:,} bytes, too many for a label"], "shard")
         content = archive.extractfile(member)
         data = content.read() if content is not None else b""
         label = _label_of(data) if extension == "json" else _text_of(data, path, member.name)
@@ -186,7 +186,7 @@ def _text_of(data: bytes, path: str, name: str) -> str:
     except UnicodeDecodeError:
         text = data[:80].decode("utf-8", "backslashreplace").strip()
         problem = f"{printable_path(name)} has '{text}', which is not UTF-8; write labels as UTF-8"
-        raise ManifestError(path, [problem]) from None
+        raise ManifestError(path, [problem], "shard") from None
 
 
 def _label_of(data: bytes) -> Any:

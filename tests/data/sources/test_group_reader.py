@@ -62,6 +62,8 @@ def test_exif_data_gives_the_camera_or_the_day(photos: Path) -> None:
     [
         (["--group-from", r"cam\d"], r"must have parentheses around the group's name, got 'cam\\\\d'\. Write"),
         (["--group-from", "(cam"], r"must be a regular expression, got '\(cam' \(missing \), .*\)\. Write"),
+        (["--group-from", "(" * 9000], r"must be a regular expression, got '\(+' \(.*\)\. Write"),
+        (["--group-from", "(x{99999999999999})"], r"must be a regular expression, got .* too large\)\. Write"),
         (["--group-from", "(dog)"], r"names none of 12 images, such as .*ant.*\. Give another column or expression\."),
         (["--group-from", "(x?)"], r"names none of 12 images"),
         (["--group-from", "(cam9)"], r"names none of 12 images"),

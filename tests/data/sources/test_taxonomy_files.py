@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,10 @@ def test_every_mistake_of_a_file_of_parents_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
-        ("", "a tree begins with a heading"),
-        ("species\nlynx\n", "a tree begins with a heading"),
+        ("", "must begin with a heading, such as species,order,family or class,parent, between commas, and is empty"),
+        ("species\nlynx\n", "must begin with a heading"),
+        ("species;genus\nlynx;Lynx\n", "between commas, got 'species;genus'"),
+        ("species,genus\n,Lynx\nlynx,Lynx\n,Felis\n", "2 rows without a name in the first column"),
         ("species,genus\nlynx,Lynx,more\n", "'lynx' has more cells than the heading"),
         ('species,genus\nlynx,"Lynx\n', "it can't be read as CSV"),
         ("species,genus,genus\nlynx,a,b\ncat,a,b\nwolf,a,b\n", "each with a name of its own"),
@@ -92,6 +95,22 @@ def test_every_mistake_of_a_file_of_parents_is_named(tmp_path: Path) -> None:
 )
 def test_a_file_without_its_form_is_refused(tmp_path: Path, text: str, finding: str) -> None:
     assert finding in findings_of(tmp_path, text)[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_an_error_says_that_the_file_is_a_tree_and_what_it_is_written_in(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "tree.csv"
+    path.write_text("species,genus\nlynx,Lynx\n", encoding=encoding)
+    with pytest.raises(ManifestError, match=r"wrong with the tree .*tree.csv:\n  it is in UTF-16.* save it as UTF-8"):
+        read_taxonomy(str(path), CLASSES)
+    again = pickle.loads(pickle.dumps(ManifestError("t.csv", ["it is empty"], "tree")))
+    assert str(again) == "1 thing is wrong with the tree t.csv:\n  it is empty"
+
+
+def test_a_name_in_many_places_has_a_short_sentence(tmp_path: Path) -> None:
+    text = "species,genus\n" + "".join(f"lynx,{number}\n" for number in range(500)) + "cat,0\nwolf,1\n"
+    (finding,) = findings_of(tmp_path, text)
+    assert finding.startswith("'lynx' lies in '0' and in '1' and in '2' and in '3' and in '4' and in 495 more; give it")
 
 
 def test_thousands_of_wrong_names_take_no_search_each(tmp_path: Path) -> None:
