@@ -15,7 +15,6 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import Z95
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.group_gap import GroupedRows, few_groups_factor, group_standard_error, resampled_accuracies
-from imbvlm.longtail.metrics import balanced_standard_error
 
 NUM_RESAMPLES = 200
 # 50 of these resamples lie beyond a percentile of 2.5 %.
@@ -98,25 +97,77 @@ def bias_corrected_claims(
     }
 
 
-def corrected_claims(
-    claims: Mapping[str, Claim], gains: Floats, targets: Tensor, stats: ClassStats, groups: Labels | None = None
-) -> dict[str, Claim]:
-    """Claims of models that train on all images: gains (N,) are those of `size_correction` on rows of targets (N,).
+@dataclass(frozen=True)
+class ScoredRows:
+    """Correctness (N,) of rows by models that each were trained on `num_seen` (N,) images of the row's class."""
 
-    The error of the mean gain widens the intervals; rows with `groups` (N,) have it by groups.
+    correct: Floats
+    num_seen: Labels
+
+
+def corrected_claims(
+    claims: Mapping[str, Claim],
+    by_folds: ScoredRows,
+    by_pairs: ScoredRows,
+    row_of: Labels,
+    targets: Tensor,
+    stats: ClassStats,
+    groups: Labels | None = None,
+) -> dict[str, Claim]:
+    """Claims of models that train on all images, from rows of targets (N,) that were scored without their fold.
+
+    `by_pairs` (P,) are the same rows, `row_of` (P,), without their fold and one more. With n images of its own a class
+    is taken to have the accuracy A - B / sqrt(n). Where pairs of folds don't tell its B, as for two images, it has that
+    of all few-shot classes. The error of the gain widens the intervals; rows with `groups` (N,) have it by groups.
     """
     labels, corrected = targets.numpy(), {}
+    gains, steps = _gains_and_steps(by_folds, by_pairs, row_of)
+    missing = _root(by_folds.num_seen) - _root(stats.split_counts[labels])
+    lends = (steps > 0) & np.isin(labels, stats.few_shot)
+    lends = lends if lends.any() else steps > 0
     for name, rows in _rows_of_metrics(labels, stats).items():
-        totals, claim = np.bincount(labels[rows]), claims[name]
-        row_weights = 1 / totals[labels[rows]] / claim.num_classes
-        mean = float(row_weights @ gains[rows])
-        spread: float | None = float(np.linalg.norm(row_weights * (gains[rows] - mean)))
-        if groups is not None and spread is not None:
-            spread = group_standard_error(GroupedRows(labels[rows], groups[rows], gains[rows]), spread)
-        is_known = claim.standard_error is not None and spread is not None
-        error = float(np.hypot(claim.standard_error or 0.0, spread or 0.0)) if is_known else None
-        corrected[name] = replace(claim, value=min(max(claim.value + mean, 0.0), 1.0), standard_error=error)
+        # The mean gain of these classes is a weighted sum of all rows' gains.
+        weighted = gains * _gain_weights(labels, steps, np.where(rows, missing, 0.0), lends) / claims[name].num_classes
+        value, error = claims[name].value + float(weighted.sum()), claims[name].standard_error
+        if error is not None:
+            # A class of few rows can't tell how far its gains spread around their mean, so they count in full.
+            spread = float(np.linalg.norm(weighted))
+            if groups is not None:
+                spread = max(spread, float(np.linalg.norm(np.bincount(groups, weights=weighted))))
+            error = float(np.hypot(error, spread))
+        corrected[name] = replace(claims[name], value=min(max(value, 0.0), 1.0), standard_error=error)
     return corrected
+
+
+def _gains_and_steps(by_folds: ScoredRows, by_pairs: ScoredRows, row_of: Labels) -> tuple[Floats, Floats]:
+    """What rows (N,) lose on average with a second fold, and by how much 1 / sqrt(images of their class) rises (N,).
+
+    Models that saw no image of the row's class count for neither.
+    """
+    has_seen = by_pairs.num_seen > 0
+    rows = row_of[has_seen]
+    times = np.bincount(rows, minlength=len(by_folds.correct))
+
+    def mean(values: Floats) -> Floats:
+        return np.bincount(rows, weights=values[has_seen], minlength=len(times)) / np.maximum(times, 1)
+
+    gains = np.where(times > 0, by_folds.correct - mean(by_pairs.correct), 0.0)
+    steps = np.where(times > 0, mean(_root(by_pairs.num_seen)) - _root(by_folds.num_seen), 0.0)
+    return gains, steps
+
+
+def _gain_weights(labels: Labels, steps: Floats, missing: Floats, lends: npt.NDArray[np.bool_]) -> Floats:
+    """Weights (N,) under which gains sum to the sum over classes of B times the mean of `missing` (N,)."""
+    measured = np.bincount(labels, weights=steps)
+    wanted = np.bincount(labels, weights=missing) / np.maximum(np.bincount(labels), 1)
+    has_steps = measured > 0
+    of_class = np.divide(wanted, measured, out=np.zeros(len(wanted)), where=has_steps)
+    borrowed = wanted[~has_steps].sum() / steps[lends].sum() if lends.any() else 0.0
+    return of_class[labels] + borrowed * lends
+
+
+def _root(num_images: Labels) -> Floats:
+    return np.maximum(num_images, 1) ** -0.5
 
 
 def out_of_bag_accuracy(
@@ -152,28 +203,21 @@ def out_of_bag_accuracy(
     return sums / times
 
 
-def size_correction(by_folds: npt.ArrayLike, by_pairs: npt.ArrayLike, num_folds: int) -> Floats:
-    """What rows (N,) gain in expected correctness when a fold's models train on all images instead.
-
-    `by_folds` (N,) is a predictor's correctness without a row's fold, `by_pairs` (N,) its mean without that fold and
-    another one. An accuracy of A - B / n images rises by (K - 2) / K of their difference. Raises ImbvlmError for fewer
-    than three folds.
-    """
-    if num_folds < 3:
-        raise ImbvlmError(f"a correction for the size of training needs 3 folds or more, got {num_folds}.")
-    gains = np.asarray(by_folds, dtype=np.float64) - np.asarray(by_pairs, dtype=np.float64)
-    return (num_folds - 2) / num_folds * gains
-
-
 def macro_claim(correct: Floats, labels: Labels, groups: Labels | None = None) -> Claim:
-    """The mean over classes with rows of their mean correctness (N,) from 0 to 1; rows may have groups (N,)."""
+    """The mean over classes with rows of their mean correctness (N,) from 0 to 1; rows may have groups (N,).
+
+    Its standard error is that of `balanced_standard_error`, with n - 1 for n, or that of groups.
+    """
     totals = np.bincount(labels)
     sums = np.bincount(labels, weights=correct)
     present = totals > 0
     value = float((sums[present] / totals[present]).mean())
-    error: float | None = balanced_standard_error(sums, totals)
-    claim = Claim(value=value, standard_error=error, num_classes=int(present.sum()), num_rows=len(labels))
-    if groups is None or error is None:
+    # Models differ between samples as images do. With n - 1 in place of n small classes make room for it.
+    n = totals[present].astype(np.float64)
+    likely = (sums[present] + 1) / (n + 2)
+    error = float(np.sqrt((likely * (1 - likely) / np.maximum(n - 1, 1)).sum()) / len(n))
+    claim = Claim(value=value, standard_error=error, num_classes=len(n), num_rows=len(labels))
+    if groups is None:
         return claim
     rows = GroupedRows(labels, groups, correct)
     return replace(claim, standard_error=group_standard_error(rows, error), num_groups=rows.num_groups)

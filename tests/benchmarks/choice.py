@@ -19,15 +19,16 @@ from torch import Tensor
 
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.data.folds import deal_folds, fold_pairs
+from imbvlm.data.folds import Fold, deal_folds, fold_pairs
 from imbvlm.data.manifest import LabelRows, Manifest
 from imbvlm.data.manifest_schema import SPLITS
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.extraction import ensure_features
 from imbvlm.longtail.blending import Blend, BlendPool, Candidate, decide_blend
-from imbvlm.longtail.claims import Claim, bias_corrected_claims, corrected_claims, macro_claim, size_correction
+from imbvlm.longtail.claims import Claim, ScoredRows, bias_corrected_claims, corrected_claims, macro_claim
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import log_prior
+from imbvlm.longtail.metrics import balanced_standard_error
 from imbvlm.longtail.post_hoc_adjustment import adjust_logits, balanced_row_weights
 from imbvlm.models.classifier import l2_normalize
 from imbvlm.models.model_builder import build_model
@@ -396,29 +397,40 @@ def claimed(plan: Plan, pool: Pool, seed: int) -> tuple[ClaimedDraw, ClaimedDraw
         return heads.correct(heads.select(row_weights, blend.num_passes))
 
     naive = choose(balanced_row_weights(folds.targets)).double().numpy()
-    correction = size_correction(naive, without_pairs(blend, pool, sample), NUM_FOLDS)
     plain = bias_corrected_claims(choose, folds.targets, sample.stats, seed=seed)
-    claims = corrected_claims(plain, correction, folds.targets, sample.stats)
+    by_folds, by_pairs, row_of = scored_rows(blend, pool, sample, naive)
+    claims = corrected_claims(plain, by_folds, by_pairs, row_of, folds.targets, sample.stats)
     right = (blend.combine(truth.logits).argmax(dim=1) == truth.targets).double().numpy()
     validated = np.unique(folds.targets.numpy())
     few = np.intersect1d(validated, sample.stats.few_shot)
     result = []
     for metric, classes in (("balanced_accuracy", validated), ("few_shot_accuracy", few)):
         is_in, is_true = (np.isin(rows.targets.numpy(), classes) for rows in (folds, truth))
-        before = macro_claim(naive[is_in], folds.targets.numpy()[is_in])
+        labels = folds.targets.numpy()[is_in]
+        before = macro_claim(naive[is_in], labels)
         true = macro_claim(right[is_true], truth.targets.numpy()[is_true])
-        result.append(ClaimedDraw(claims[metric], true.value, before.value, before.standard_error, plain[metric].value))
+        error = balanced_standard_error(np.bincount(labels, weights=naive[is_in]), np.bincount(labels))
+        result.append(ClaimedDraw(claims[metric], true.value, before.value, error, plain[metric].value))
     return result[0], result[1]
 
 
-def without_pairs(blend: Blend, pool: Pool, sample: Sample) -> Array:
-    """Mean correctness (N,) of the blend's members that are fitted without a row's fold and one more."""
+def scored_rows(blend: Blend, pool: Pool, sample: Sample, correct: Array) -> tuple[ScoredRows, ScoredRows, Array]:
+    """Rows scored without their fold, given which are correct (N,), and without one more; the former's number (P,)."""
     folds = deal_folds(sample.rows, NUM_FOLDS, seed=0)
-    right = np.zeros(len(sample.train))
-    for pair in fold_pairs(folds):
-        logits = fitted(CHEAP, pool, sample.train[pair.train], sample.train[pair.val])
-        right[pair.val] += blend.combine(logits).argmax(dim=1).numpy() == sample.rows.labels[pair.val]
-    return right[folds.val_rows] / (len(folds.folds) - 1)
+    place = np.argsort(folds.val_rows)
+    pairs = fold_pairs(folds)
+    logits = [fitted(CHEAP, pool, sample.train[pair.train], sample.train[pair.val]) for pair in pairs]
+    predicted = np.concatenate([blend.combine(of_pair).argmax(dim=1).numpy() for of_pair in logits])
+    rows = np.concatenate([pair.val for pair in pairs])
+
+    def num_seen(parts: Sequence[Fold]) -> Array:
+        labels = sample.rows.labels
+        return np.concatenate(
+            [np.bincount(labels[part.train], minlength=pool.num_classes)[labels[part.val]] for part in parts]
+        )
+
+    by_pairs = ScoredRows((predicted == sample.rows.labels[rows]).astype(float), num_seen(pairs))
+    return ScoredRows(correct, num_seen(folds.folds)), by_pairs, place[np.searchsorted(folds.val_rows[place], rows)]
 
 
 def claim_lines(name: str, plan: Plan, pool: Pool) -> Iterator[Line]:

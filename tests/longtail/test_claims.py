@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,17 +15,18 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import Z95
 from imbvlm.longtail.claims import (
     Claim,
+    ScoredRows,
     bias_corrected_claims,
     corrected_claims,
     macro_claim,
     out_of_bag_accuracy,
     paired_difference,
-    size_correction,
 )
 from imbvlm.longtail.class_stats import ClassStats
-from imbvlm.longtail.metrics import balanced_standard_error
 
 COUNTS = np.array([60, 30, 12, 8, 5, 2])
+# Rows by folds, by pairs of folds, and the former's numbers of the latter.
+Scored = tuple[ScoredRows, ScoredRows, np.ndarray]
 
 
 def labels_of(counts: np.ndarray = COUNTS) -> np.ndarray:
@@ -83,8 +87,11 @@ def test_without_a_choice_the_claim_is_the_accuracy_itself(counts: list[int], se
     assert claim.value == pytest.approx(np.mean(list(by_class.values())))
     assert claim.num_rows == len(labels)
     assert claim.num_classes == len(by_class)
-    right = np.bincount(labels[correct], minlength=len(counts))
-    assert claim.standard_error == pytest.approx(balanced_standard_error(right, np.array(counts)))
+    variances = []
+    for label, accuracy in by_class.items():
+        likely = (counts[label] * accuracy + 1) / (counts[label] + 2)
+        variances.append(likely * (1 - likely) / max(counts[label] - 1, 1))
+    assert claim.standard_error == pytest.approx(np.sqrt(sum(variances)) / len(by_class))
     few = [accuracy for label, accuracy in by_class.items() if counts[label] * 10 < 20]
     assert ("few_shot_accuracy" in result) == bool(few)
     if few:
@@ -123,52 +130,115 @@ def test_a_claim_needs_two_rows() -> None:
 # ------------------------------------------------------------------------------------------- size of training
 
 
-def corrected(correct: np.ndarray, labels: np.ndarray, gains: np.ndarray) -> Claim:
-    stats = ClassStats.from_counts(np.full(labels.max() + 1, 1000))
-    plain = {"balanced_accuracy": macro_claim(correct, labels), "many_shot_accuracy": macro_claim(correct, labels)}
-    return corrected_claims(plain, gains, torch.from_numpy(labels), stats)["balanced_accuracy"]
+def folds_and_pairs(counts: np.ndarray, accuracy: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, Scored]:
+    """Labels (N,) and rows scored over five folds: their expected correctness by class, of so many images seen."""
+    labels = labels_of(counts)
+    folds = np.concatenate([np.arange(count) % 5 for count in counts])
+    of_class = np.stack([np.bincount(labels[folds == fold], minlength=len(counts)) for fold in range(5)])
+    own = counts - of_class
+    row_of = np.repeat(np.arange(len(labels)), 4)
+    others = np.concatenate([np.delete(np.arange(5), fold) for fold in folds])
+    seen, seen_of_pairs = (
+        own[folds, labels],
+        (own[folds[row_of]] - of_class[others])[np.arange(len(row_of)), labels[row_of]],
+    )
+
+    def scored(seen: np.ndarray, of: np.ndarray) -> ScoredRows:
+        return ScoredRows(np.where(seen > 0, accuracy(np.maximum(seen, 1))[np.arange(len(seen)), of], 0.0), seen)
+
+    return labels, (scored(seen, labels), scored(seen_of_pairs, labels[row_of]), row_of)
 
 
-@pytest.mark.parametrize("num_folds", [3, 5, 10])
-def test_an_accuracy_that_falls_with_one_over_n_is_corrected_to_that_of_all_images(num_folds: int) -> None:
-    labels = np.repeat([0, 1], 50)
-    limit, slope = np.array([0.9, 0.7]), np.array([0.1, 0.2])
-
-    def at(share: float) -> np.ndarray:
-        return (limit - slope / share)[labels]
-
-    folds, pairs = at(1 - 1 / num_folds), at(1 - 2 / num_folds)
-    claim = corrected(folds, labels, size_correction(folds, pairs, num_folds))
-    assert claim.value == pytest.approx(np.mean(limit - slope))
-    assert claim.standard_error >= macro_claim(folds, labels).standard_error
+def corrected(counts: np.ndarray, labels: np.ndarray, scored: Scored) -> tuple[dict[str, Claim], dict[str, Claim]]:
+    """Claims before and after the correction."""
+    stats, targets, correct = ClassStats.from_counts(counts), torch.from_numpy(labels), scored[0].correct
+    plain = {"balanced_accuracy": macro_claim(correct, labels)}
+    for group, members in stats.shot_groups.items():
+        rows = np.isin(labels, members)
+        if rows.any():
+            plain[f"{group}_accuracy"] = macro_claim(correct[rows], labels[rows])
+    return plain, corrected_claims(plain, *scored, targets, stats)
 
 
-def test_a_correction_has_an_error_of_its_own_and_no_claim_is_above_1() -> None:
-    labels = labels_of()
-    correct = np.ones(len(labels))
-    flat = corrected(correct, labels, np.full(len(labels), 0.1))
-    assert flat.value == 1.0
-    # A gain that is the same on all rows adds no error.
-    assert flat.standard_error == pytest.approx(macro_claim(correct, labels).standard_error)
-    gains = np.random.default_rng(0).normal(0, 0.3, len(labels))
-    weights = 1 / COUNTS[labels] / len(COUNTS)
-    spread = np.sqrt(np.sum((weights * (gains - weights @ gains)) ** 2))
-    expected = np.hypot(macro_claim(correct, labels).standard_error, spread)
-    assert corrected(correct, labels, gains).standard_error == pytest.approx(expected)
+@pytest.mark.parametrize("counts", [[200, 100, 30, 10], [60, 30, 12, 5, 4, 3], [7, 3, 3, 2, 2]])
+def test_an_accuracy_that_rises_as_the_law_says_is_corrected_to_that_of_all_images(counts: list[int]) -> None:
+    """Classes of two images, whose own rows don't tell the law, take it from the few-shot classes."""
+    totals = np.array(counts)
+    slopes = np.where(totals < 20, 0.3, 0.8)
+
+    def accuracy(seen: np.ndarray) -> np.ndarray:
+        return 0.9 - slopes / np.sqrt(seen)[:, None]
+
+    labels, scored = folds_and_pairs(totals, accuracy)
+    plain, claims = corrected(totals, labels, scored)
+    truth = 0.9 - slopes / np.sqrt(totals)
+    assert claims["balanced_accuracy"].value == pytest.approx(truth.mean())
+    assert claims["few_shot_accuracy"].value == pytest.approx(truth[totals < 20].mean())
+    assert all(claims[name].standard_error > claim.standard_error for name, claim in plain.items())
 
 
-def test_the_correction_reaches_each_claim_and_needs_three_folds() -> None:
-    labels = labels_of()
-    correct = torch.from_numpy(np.arange(len(labels)) % 2 == 0)
-    stats = ClassStats.from_counts([300, 150, 60, 30, 15, 10])
-    gains = np.where(labels >= 4, 0.2, 0.05)
-    targets = torch.from_numpy(labels)
-    plain = bias_corrected_claims(lambda _: correct, targets, stats, num_resamples=3)
-    claims = corrected_claims(plain, gains, targets, stats)
-    assert claims["few_shot_accuracy"].value == pytest.approx(plain["few_shot_accuracy"].value + 0.2)
-    assert claims["balanced_accuracy"].value == pytest.approx(plain["balanced_accuracy"].value + 0.1)
-    with pytest.raises(ImbvlmError, match="3 folds or more, got 2"):
-        size_correction(gains, gains, 2)
+def test_a_correction_that_measures_nothing_leaves_claims_as_they_are() -> None:
+    totals = np.array([8, 5, 2])
+    labels, scored = folds_and_pairs(totals, lambda seen: np.full((len(seen), 3), 0.5))
+    plain, claims = corrected(totals, labels, scored)
+    assert claims == plain
+    # Classes of two alone: no pair of folds leaves fewer images than a fold.
+    labels, scored = folds_and_pairs(np.array([2, 2]), lambda seen: np.full((len(seen), 2), 0.5))
+    plain, claims = corrected(np.array([2, 2]), labels, scored)
+    assert claims == plain
+
+
+def test_a_gain_is_a_weighted_sum_whose_error_widens_the_interval_and_no_claim_is_above_1() -> None:
+    rng = np.random.default_rng(0)
+    totals = np.array([30, 6])
+    labels, (by_folds, by_pairs, row_of) = folds_and_pairs(totals, lambda seen: np.ones((len(seen), 2)))
+    by_folds = replace(by_folds, correct=(rng.random(len(labels)) < 0.7).astype(float))
+    by_pairs = replace(by_pairs, correct=(rng.random(len(row_of)) < 0.5).astype(float))
+    plain, claims = corrected(totals, labels, (by_folds, by_pairs, row_of))
+    total, variance = 0.0, 0.0
+    for label, count in enumerate(totals):
+        rows = np.flatnonzero(labels == label)
+        gains = [by_folds.correct[row] - by_pairs.correct[row_of == row].mean() for row in rows]
+        steps = [
+            np.mean([seen**-0.5 for seen in by_pairs.num_seen[row_of == row]]) - by_folds.num_seen[row] ** -0.5
+            for row in rows
+        ]
+        missing = np.mean([by_folds.num_seen[row] ** -0.5 - count**-0.5 for row in rows])
+        weight = missing / sum(steps) / 2
+        total += weight * sum(gains)
+        variance += weight**2 * sum(np.square(gains))
+    balanced = claims["balanced_accuracy"]
+    assert balanced.value == pytest.approx(plain["balanced_accuracy"].value + total)
+    assert balanced.standard_error == pytest.approx(np.hypot(plain["balanced_accuracy"].standard_error, variance**0.5))
+    perfect = replace(by_folds, correct=np.ones(len(labels)))
+    assert corrected(totals, labels, (perfect, by_pairs, row_of))[1]["balanced_accuracy"].value == 1.0
+
+
+def test_gains_that_groups_share_are_less_sure() -> None:
+    totals = np.array([40, 40])
+    labels, (by_folds, by_pairs, row_of) = folds_and_pairs(totals, lambda seen: np.ones((len(seen), 2)))
+    groups = np.arange(len(labels)) // 4
+    by_pairs = replace(by_pairs, correct=(groups[row_of] % 2).astype(float))
+    targets, stats = torch.from_numpy(labels), ClassStats.from_counts(totals)
+    plain = {name: Claim(0.5, 0.01, 2, 80) for name in ("balanced_accuracy", "medium_shot_accuracy")}
+    errors = [
+        corrected_claims(plain, by_folds, by_pairs, row_of, targets, stats, of)["balanced_accuracy"].standard_error
+        for of in (None, groups)
+    ]
+    gains = [np.sqrt(np.square(error) - 0.01**2) for error in errors if error is not None]
+    # Four images that gain together are one image that gains four times as much.
+    assert gains[1] == pytest.approx(2 * gains[0], rel=0.1)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=6), st.integers(0, 5))
+@settings(deadline=None, max_examples=30)
+def test_corrections_are_finite_whatever_the_classes(counts: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    totals = np.array(counts)
+    labels, scored = folds_and_pairs(totals, lambda seen: (rng.random((len(seen), len(totals))) < 0.5).astype(float))
+    for claim in corrected(totals, labels, scored)[1].values():
+        assert 0 <= claim.value <= 1
+        assert np.isfinite(claim.standard_error)
 
 
 # ------------------------------------------------------------------------------------------------- two predictors
@@ -284,7 +354,8 @@ def test_fewer_than_ten_groups_have_no_interval(num_groups: int) -> None:
     right = torch.from_numpy(np.arange(90) % 4 > 0)
     stats = ClassStats.from_counts([300, 50, 10])
     claims = bias_corrected_claims(lambda _: right, torch.from_numpy(labels), stats, groups=groups, num_resamples=5)
-    corrected_ = corrected_claims(claims, np.full(90, 0.1), torch.from_numpy(labels), stats, groups)
+    scored = ScoredRows(np.ones(90), np.full(90, 8))
+    corrected_ = corrected_claims(claims, scored, scored, np.arange(90), torch.from_numpy(labels), stats, groups)
     for claim in (*claims.values(), *corrected_.values()):
         assert (claim.standard_error, claim.half_width, claim.num_groups) == (None, np.inf, num_groups)
     difference = paired_difference(right.numpy(), ~right.numpy(), labels, groups=groups)

@@ -27,7 +27,7 @@ from imbvlm.longtail.blending import (
     blended_logits,
     decide_blend,
 )
-from imbvlm.longtail.claims import Claim, Floats, bias_corrected_claims, corrected_claims, size_correction
+from imbvlm.longtail.claims import Claim, ScoredRows, bias_corrected_claims, corrected_claims
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
@@ -177,18 +177,16 @@ def correct_claims(
     of_pairs = _scored_members(folder, log, spec, members, pairs)
     if of_folds is None or of_pairs is None:
         return selection
-    without_pairs = np.bincount(row_of, weights=of_pairs[0], minlength=len(of_folds[0])) / (selection.num_folds - 1)
-    gains = size_correction(of_folds[0], without_pairs, selection.num_folds)
-    saved = of_folds[1]
+    (by_folds, saved), (by_pairs, _) = of_folds, of_pairs
     groups = None if saved.groups is None else saved.groups.numpy()
-    claims = corrected_claims(selection.claims, gains, saved.targets, saved.stats[0], groups)
+    claims = corrected_claims(selection.claims, by_folds, by_pairs, row_of, saved.targets, saved.stats[0], groups)
     return replace(selection, claims=claims, is_size_corrected=True)
 
 
 def _scored_members(
     folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[BlendMember], runs: Mapping[str, TrialRecord]
-) -> tuple[Floats, SavedValLogits] | None:
-    """Correctness (N,) of members' blended logits, with its rows, of the runs in `runs`; None if some are missing."""
+) -> tuple[ScoredRows, SavedValLogits] | None:
+    """Correctness of members' blended logits, and what was saved, of the runs in `runs`; None if some are missing."""
     logits, saved = dict[str, Tensor](), None
     for record in (log.records[member.name] for member in members):
         rows = read_validation(folder, record, log, runs)
@@ -197,8 +195,9 @@ def _scored_members(
         logits[record.trial_id], saved = _adjusted(rows, record, spec), rows.saved
     if saved is None:
         return None
-    predicted = blended_logits(members, logits).argmax(dim=1)
-    return (predicted == saved.targets).double().numpy(), saved
+    correct = (blended_logits(members, logits).argmax(dim=1) == saved.targets).double().numpy()
+    counts = np.stack([stats.counts for stats in saved.stats])
+    return ScoredRows(correct, counts[saved.folds.numpy(), saved.targets.numpy()]), saved
 
 
 def write_selection(folder: str, selection: Selection) -> None:

@@ -110,7 +110,7 @@ def test_claims_gain_what_the_models_without_two_folds_lack(
     assert len(of_pairs.stats) == num_folds * (num_folds - 1) // 2
     lacking = {int(of_folds.stats[0].split_counts.sum() - stats.counts.sum()) for stats in of_pairs.stats}
     assert max(lacking) <= 2 * np.bincount(of_folds.folds).max()
-    # By hand: a row's correctness, its mean over the pairs without it, and the mean of both over rows and then classes.
+    # By hand: what a row loses with a second fold, its mean over the pairs without the row, by 1 / sqrt(images seen).
     record = run.log.records[before.winner]
     runs = {name: run.log.records[f"{name}-pairs"] for name in (before.winner, "b00001")}
     folds, pairs = (
@@ -118,16 +118,22 @@ def test_claims_gain_what_the_models_without_two_folds_lack(
         for in_pairs in (False, True)
     )
     right, without = adjusted_correct(run, record, {}), adjusted_correct(run, record, runs)
-    by_row = {row: [] for fold in folds for row in fold.val.rows}
-    for row, is_right in zip((row for pair in pairs for row in pair.val.rows), without, strict=True):
-        by_row[row].append(is_right)
-    gains: dict[int, list[float]] = {label: [] for label in of_folds.targets.tolist()}
-    for label, is_right, others in zip(of_folds.targets.tolist(), right, by_row.values(), strict=True):
+    by_row: dict[int, list[tuple[bool, float]]] = {row: [] for fold in folds for row in fold.val.rows}
+    scored = [(row, label, pair) for pair in pairs for row, label in zip(pair.val.rows, pair.val.labels, strict=True)]
+    for (row, label, pair), is_right in zip(scored, without, strict=True):
+        by_row[row].append((is_right, pair.class_stats.counts[label] ** -0.5))
+    of_class: dict[int, list[tuple[float, float, float]]] = {label: [] for label in of_folds.targets.tolist()}
+    totals, seen = of_folds.stats[0].split_counts, [fold.class_stats.counts for fold in folds for _ in fold.val.rows]
+    for label, is_right, others, counts in zip(of_folds.targets.tolist(), right, by_row.values(), seen, strict=True):
         assert len(others) == num_folds - 1
-        gains[label].append((num_folds - 2) / num_folds * (is_right - float(np.mean(others))))
-    gain = np.mean([np.mean(of_class) for of_class in gains.values()])
+        loss = is_right - np.mean([was_right for was_right, _ in others])
+        root = counts[label] ** -0.5
+        of_class[label].append((loss, np.mean([other for _, other in others]) - root, root - totals[label] ** -0.5))
+    gains = []
+    for losses, steps, missing in (np.array(rows).T for rows in of_class.values()):
+        gains.append(losses.sum() / steps.sum() * missing.mean())
     plain = before.claims["balanced_accuracy"]
-    assert after.claims["balanced_accuracy"].value == pytest.approx(min(plain.value + gain, 1.0))
+    assert after.claims["balanced_accuracy"].value == pytest.approx(min(plain.value + np.mean(gains), 1.0))
     for metric, claim in after.claims.items():
         assert claim.standard_error >= before.claims[metric].standard_error
 
