@@ -71,7 +71,8 @@ class Problem:
     where: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}" if self.where else self.message
+        sentence = end_sentence(self.message)
+        return f"{self.where}: {sentence}" if self.where else sentence
 
 
 class ConfigError(ImbvlmError, ValueError):
@@ -96,5 +97,5 @@ def suggest_name(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     if len(names) <= 20:
-        return f"valid: {', '.join(names)}" if names else "nothing is valid here"
+        return f"valid: {', '.join(names)}" if names else "nothing can be named here, so leave it out"
     return f"{len(names)} names are valid, such as {', '.join(names[:5])}"

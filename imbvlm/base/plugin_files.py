@@ -34,12 +34,18 @@ def _read(location: str) -> PluginSource:
     """Read a plug-in's code without running it; raises ConfigError, StorageError."""
     name, is_file = location.rpartition("/")[2], location.endswith(".py")
     if not name.removesuffix(".py").isidentifier():
-        raise plugin_error(location, f"a plug-in needs a name that Python can import, got {name!r}. Rename it")
+        raise plugin_error(location, f"a plug-in needs a name that Python can import, got {name!r}. Rename it.")
     if not storage.exists(location if is_file else storage.join(location, "__init__.py")):
-        raise plugin_error(location, "a plug-in is an existing Python file (.py) or a folder with __init__.py")
+        raise plugin_error(
+            location,
+            "a plug-in must be a Python file (.py) or a folder with __init__.py, and none is here. Give its path.",
+        )
     files = [(name, storage.read_bytes(location))] if is_file else list(_package_files(location, name))
     if (num_bytes := sum(len(content) for _, content in files)) > MAX_BYTES:
-        raise plugin_error(location, f"a plug-in may have {MAX_BYTES:,} bytes of code, and this has {num_bytes:,}")
+        raise plugin_error(
+            location,
+            f"a plug-in may have {MAX_BYTES:,} bytes of code, and this has {num_bytes:,}. Name a smaller folder.",
+        )
     return PluginSource(name, tuple(sorted(files)), location)
 
 

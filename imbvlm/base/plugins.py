@@ -29,7 +29,7 @@ from pkgutil import resolve_name
 from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
-from imbvlm.base.errors import ConfigError, Problem, end_sentence
+from imbvlm.base.errors import ConfigError, Problem
 
 # The registry of each table that a plug-in may define.
 TABLES = {
@@ -237,4 +237,4 @@ def _table_place(source: PluginSource, table: str) -> str:
 
 def plugin_error(place: str, message: str) -> ConfigError:
     """A mistake of a plug-in."""
-    return ConfigError([Problem(end_sentence(message), place)])
+    return ConfigError([Problem(message, place)])

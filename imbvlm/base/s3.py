@@ -114,7 +114,7 @@ def get(uri: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
         if status == 403 and attempt + 1 >= _ATTEMPTS_DENIED:
             raise PermissionError(uri)
         if (status is not None and 400 <= status < 500 and status not in (403, 408, 429)) or status in (301, 307):
-            raise StorageError(f"can't read {uri}: the store {problem}")
+            raise StorageError(f"can't read {uri}: the store {problem}; check the address and the AWS settings")
     raise ConnectionError(f"the store {problem}")
 
 
@@ -292,7 +292,7 @@ def translate_errors(uri: str) -> Iterator[None]:
         if status == 403:
             raise denied(uri, code) from None
         if status == 404:
-            raise StorageError(f"{uri} is not there ({code})") from None
+            raise StorageError(f"{uri} is not there ({code}); check bucket and key") from None
         raise StorageError(f"{uri}: the store answers {status} {code}") from None
     except BotoCoreError as error:
-        raise StorageError(f"can't reach {uri}: {error}") from None
+        raise StorageError(f"can't reach {uri}: {error}; check the network and AWS_ENDPOINT_URL") from None

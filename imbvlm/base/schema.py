@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
-from imbvlm.base.errors import ConfigError, Problem, end_sentence, suggest_name
+from imbvlm.base.errors import ConfigError, Problem, suggest_name
 from imbvlm.base.yaml_file import KeyPath, YamlTree
 
 Tree = dict[str, Any]
@@ -207,7 +207,7 @@ def to_problems(root: type[Section], error: ValidationError, located: YamlTree, 
     for path, items in grouped.items():
         # pydantic reports a list with a wrong item, too; only the item is a mistake.
         if not any(other != path and other[: len(path)] == path for other in grouped):
-            problems.append(Problem(end_sentence(_sentence(root, path, items, data)), located.where(path)))
+            problems.append(Problem(_sentence(root, path, items, data), located.where(path)))
             if items[0]["type"] in ("union_tag_invalid", "union_tag_not_found"):
                 problems += _problems_of_all_variants(root, path, located, data)
     return problems
@@ -230,7 +230,7 @@ def _problems_of_all_variants(root: type[Section], tag: KeyPath, located: YamlTr
             mistake = f"{dotted} must be {rule}, and is {shown(value)}"
         else:
             continue
-        problems.append(Problem(end_sentence(mistake), located.where((*tag[:-1], key))))
+        problems.append(Problem(mistake, located.where((*tag[:-1], key))))
     return problems
 
 

@@ -109,13 +109,13 @@ def is_local(uri: str) -> bool:
 def local_path(uri: str) -> Path:
     """The path of a local location; raises StorageError for any other."""
     if not is_local(uri):
-        raise StorageError(f"{uri} is not on a local disk")
+        raise StorageError(f"{uri} must be a path on this machine's disk; give one without s3://")
     if "\0" in uri:
         raise StorageError(f"{uri!r} has a null character, which no path can have; take it out")
     try:
         return Path(uri.removeprefix("file://")).expanduser()
     except RuntimeError as error:
-        raise StorageError(f"{uri} is no path: {error}") from None
+        raise StorageError(f"{uri} is no path: {error}; write it without ~") from None
 
 
 def absolute(uri: str) -> str:
@@ -161,7 +161,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         return s3.filesystem(bucket), f"{bucket}/{key}".rstrip("/")
     except (OSError, ValueError) as error:
-        raise StorageError(f"can't open {uri}: {error}") from None
+        raise StorageError(f"can't open {uri}: {error}; check the bucket's name and AWS_ENDPOINT_URL") from None
 
 
 def storage_error(action: str, uri: str, error: Exception) -> StorageError:
@@ -170,7 +170,7 @@ def storage_error(action: str, uri: str, error: Exception) -> StorageError:
     `action` is a verb, such as "read" or "write". For S3 a denied access names bucket, key and account.
     """
     if action == "read" and isinstance(error, FileNotFoundError):
-        return StorageError(f"{uri} is not there")
+        return StorageError(f"{uri} is not there; check the name")
     if uri.startswith(s3.SCHEME) and s3.is_denied(error):
         return s3.denied(uri)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
@@ -264,7 +264,7 @@ def check_readable(uri: str, max_bytes: int | None = None) -> None:
             state = os.stat(local_path(uri))
             if not stat.S_ISREG(state.st_mode):
                 kind = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe or a device"
-                raise StorageError(f"can't read {uri}: it is {kind} and no file")
+                raise StorageError(f"can't read {uri}: it is {kind}; name a file")
             size = state.st_size
         elif max_bytes is not None:
             filesystem, path = open_filesystem(uri)
@@ -275,7 +275,10 @@ def check_readable(uri: str, max_bytes: int | None = None) -> None:
         # Reading the file gives the reason.
         return
     if max_bytes is not None and size > max_bytes:
-        raise StorageError(f"can't read {uri}: it has {size_text(size)}, and at most {size_text(max_bytes)} are read")
+        raise StorageError(
+            f"can't read {uri}: it has {size_text(size)}, and at most {size_text(max_bytes)} are read; "
+            "is it the right file?"
+        )
 
 
 def download(uri: str, path: Path) -> None:

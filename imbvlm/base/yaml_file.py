@@ -66,6 +66,8 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
+_FIX = "Indent by spaces, and put text with a colon in quotes."
+
 # Line breaks that PyYAML folds to spaces in any but double quotes.
 _UNUSUAL_BREAKS = re.compile("[\x85\u2028\u2029]")
 
@@ -148,11 +150,11 @@ def parse_yaml(text: str, file: str = "<text>") -> YamlTree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else file
-        raise ConfigError([Problem(f"this is not YAML: {error.problem or error.context}", where)]) from None
+        raise ConfigError([Problem(f"this is not YAML: {error.problem or error.context}. {_FIX}", where)]) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError([Problem(f"this is not YAML: {error}", file)]) from None
+        raise ConfigError([Problem(f"this is not YAML: {error}. {_FIX}", file)]) from None
 
 
 def read_yaml(path: str | Path) -> YamlTree:
@@ -166,10 +168,12 @@ def read_foreign_yaml(path: str | Path) -> YamlTree:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _num_nodes(node, {}) > MAX_NODES:
-            raise ConfigError([Problem(f"its aliases expand to more than {MAX_NODES:,} values", file)])
+            raise ConfigError(
+                [Problem(f"its aliases expand to more than {MAX_NODES:,} values. Write fewer of them.", file)]
+            )
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError([Problem(f"this is not YAML: {error}", file)]) from None
+        raise ConfigError([Problem(f"this is not YAML: {error}. {_FIX}", file)]) from None
     return YamlTree(data, file, {} if node is None else _places(node, file))
 
 
@@ -187,9 +191,13 @@ def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError([Problem(f"can't read this file: {error.strerror or error}.", str(path))]) from None
+        raise ConfigError(
+            [Problem(f"can't read this file: {error.strerror or error}. Check its name and access.", str(path))]
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([Problem(f"this file is not UTF-8 text: {error.reason}.", str(path))]) from None
+        raise ConfigError(
+            [Problem(f"this file is not UTF-8 text: {error.reason}. Save it as UTF-8.", str(path))]
+        ) from None
 
 
 def parse_scalar(text: str) -> Any:

@@ -116,7 +116,10 @@ def _stores(folder: str) -> list[FeatureStore]:
     folders = [storage.join(folder, name) for name in storage.list_files(folder)]
     stores = [FeatureStore.open(path) for path in folders if storage.exists(storage.join(path, STORE_FILE))]
     if not stores:
-        raise StoreError(f"{folder} has no stored features; a sweep keeps them in `features` of its storage folder")
+        raise StoreError(
+            f"{folder} has no stored features. "
+            "Name the folder `features` in a sweep's storage folder, such as runs/features."
+        )
     return stores
 
 

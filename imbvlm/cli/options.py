@@ -241,7 +241,7 @@ def run_program(app: typer.Typer, name: str, arguments: Sequence[str]) -> NoRetu
             print_to_stderr(usage_sentence(error))
             code = error.exit_code
         except ImbvlmError as error:
-            print_to_stderr(str(error))
+            print_to_stderr(end_sentence(str(error)))
             if isinstance(error, PluginNeededError):
                 print_to_stderr(f"then run: {_with_copies(name, arguments, error.copies)}")
             code = 1

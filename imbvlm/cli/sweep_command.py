@@ -56,7 +56,7 @@ def _spec(options: RunOptions | PlanOptions, more: str) -> SweepSpec:
 
     path = options.spec
     if path.endswith(".py"):
-        raise ImbvlmError(f"{path} is a script and no sweep's YAML; run: python {path}{more}")
+        raise ImbvlmError(f"{path} is a script and no sweep's YAML. Run `python {path}{more}`.")
     tree = read_yaml(path)
     named = tree.data.get("plugins") if isinstance(tree.data, dict) else None
     # The check of the specification rejects anything else.

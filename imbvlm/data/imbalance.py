@@ -25,10 +25,11 @@ def imbalanced_counts(
     """
     if imbalance_factor < 1:
         raise ImbvlmError(
-            f"the imbalance factor, largest over smallest class, must be at least 1, got {imbalance_factor}."
+            "the imbalance factor, largest over smallest class, must be 1 or more, got "
+            f"{imbalance_factor}. Give one such as 100."
         )
     if shape not in SHAPES:
-        raise ImbvlmError(f"tail shape {shape!r} is not known; {suggest_name(shape, SHAPES)}")
+        raise ImbvlmError(f"--tail-shape must be one of two, got {shape!r}; {suggest_name(shape, SHAPES)}")
     if largest / imbalance_factor < 0.5:
         raise ImbvlmError(
             f"an imbalance factor of {imbalance_factor:g} leaves the last class without images. The largest class has "
@@ -66,7 +67,8 @@ def make_imbalanced(
     too_small = np.flatnonzero(available < wanted)
     if len(too_small):
         problems = [
-            f"{names[label]!r} has {available[label]} training images, and its rank in the tail needs {wanted[label]}"
+            f"{names[label]!r} has {available[label]} training images, and its rank in the tail needs {wanted[label]}; "
+            "put it later in --class-order, or lower --imbalance-factor"
             for label in too_small
         ]
         raise ManifestError(manifest.name, problems)
@@ -87,7 +89,7 @@ def _order(names: Sequence[str], class_order: Sequence[str]) -> npt.NDArray[np.i
         raise ManifestError(
             "the class order",
             [
-                *(f"{name!r} is not in it" for name in missing[:10]),
+                *(f"{name!r} is not in it; add it" for name in missing[:10]),
                 *(f"{name!r} is no class; {suggest_name(name, names)}" for name in unknown[:10]),
             ]
             or ["it must name each class once, and class names must differ"],

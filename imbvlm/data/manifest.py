@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from imbvlm.assets import manifest_path
 from imbvlm.base import s3, storage
-from imbvlm.base.errors import ImbvlmError, printable
+from imbvlm.base.errors import ImbvlmError, end_sentence, printable
 from imbvlm.base.formatting import join_limited, pluralize, size_text
 from imbvlm.data.class_list import class_list_findings
 from imbvlm.data.files.file_listing import file_states
@@ -58,7 +58,9 @@ class ManifestError(ImbvlmError):
         self.source, self.findings, self.noun = source, tuple(findings), noun
         heading = "1 thing is" if len(findings) == 1 else f"{len(findings)} things are"
         super().__init__(
-            "\n".join([f"{heading} wrong with the {noun} {source}:", *(f"  {printable(f)}" for f in findings)])
+            "\n".join(
+                [f"{heading} wrong with the {noun} {source}:", *(f"  {end_sentence(printable(f))}" for f in findings)]
+            )
         )
 
     def __reduce__(self) -> tuple[type[ManifestError], tuple[str, tuple[str, ...], str]]:
@@ -292,7 +294,9 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
         return s3.retry_denied(path, read)
     except FileNotFoundError:
         where = f" in {os.getcwd()}" if storage.is_local(path) and not os.path.isabs(path) else ""
-        raise storage.StorageError(f"{path} is not there{where}") from None
+        raise storage.StorageError(
+            f"the manifest {path} is not there{where}; make one with `imbvlm manifest build`"
+        ) from None
     except (OSError, pa.ArrowInvalid) as error:
         raise storage.storage_error("read the manifest", path, error) from None
 

@@ -105,7 +105,9 @@ class FeatureStore:
             shapes = {output: tuple(shape) for output, shape in data.pop("shapes").items()}
             layout = StoreLayout(**data, shapes=shapes)
         except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is not a feature store's description ({error}).") from None
+            raise StoreError(
+                f"{path} is not a feature store's description ({error}). Delete its folder to compute it anew."
+            ) from None
         if cache is None and not storage.is_local(folder):
             cache = FeatureCache(FeatureCacheConfig())
         return FeatureStore(folder, layout, None if outputs is None else tuple(outputs), cache)

@@ -124,7 +124,10 @@ def find_images(locations: Sequence[str], split: str | None = None) -> Images:
 
 def _check_split(location: str, manifest: Manifest, split: str) -> None:
     if split not in manifest.splits:
-        raise ImbvlmError(f"{location} has no {split} images; it has {', '.join(manifest.splits)}")
+        raise ImbvlmError(
+            f"{location} has no {split} images; it has {', '.join(manifest.splits)}. "
+            "Name one of these, or leave --split out."
+        )
 
 
 def _files(location: str) -> list[str]:

@@ -105,7 +105,7 @@ def model_folder(folder: str) -> str:
     paths = [storage.join(folder, name) for name in numbered]
     exported = [path for path in paths if storage.exists(storage.join(path, "model", CONFIG_FILE))]
     if exported:
-        raise ImbvlmError(f"{folder} has several exported models. Name one of them: {', '.join(exported)}")
+        raise ImbvlmError(f"{folder} has several exported models. Name one of {', '.join(exported)}.")
     raise ImbvlmError(
         f"{folder} has no {CONFIG_FILE}, so it is no exported model. Write one with `imbvlm export SWEEP -o {folder}`."
     )

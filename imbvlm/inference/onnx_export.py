@@ -41,7 +41,7 @@ def require_onnx() -> None:
     """Raise ImbvlmError if a package of the extra `onnx` is not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImbvlmError(f"--onnx needs {', '.join(missing)}. Install it with: pip install 'imbvlm[onnx]'")
+        raise ImbvlmError(f"--onnx needs {', '.join(missing)}. Run `pip install 'imbvlm[onnx]'`.")
 
 
 def write_onnx(model: Model, folder: str) -> float:
@@ -83,7 +83,9 @@ def _export(model: Model, path: Path) -> None:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        raise ImbvlmError(f"this model can't be written as an ONNX graph: {_first_cause(error)}") from None
+        raise ImbvlmError(
+            f"this model can't be written as an ONNX graph: {_first_cause(error)}. Export it without --onnx."
+        ) from None
     finally:
         logging.disable(before)
 
@@ -110,7 +112,7 @@ def _largest_difference(model: Model, path: Path) -> float:
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise ImbvlmError(
             f"the ONNX graph computes other logits than the model and was not written: they differ by "
-            f"{difference:.3g}, and the largest logit is {largest:.3g}."
+            f"{difference:.3g}, and the largest logit is {largest:.3g}. Export it without --onnx."
         )
     return difference
 

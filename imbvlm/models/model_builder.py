@@ -123,7 +123,9 @@ def _filled(config: TrialConfig, model: nn.Module, tensors: Mapping[str, Tensor]
     try:
         load_own_state_dict(model, tensors)
     except RuntimeError as error:
-        raise ImbvlmError(f"the exported weights don't fit their configuration ({config.method}): {error}") from None
+        raise ImbvlmError(
+            f"the exported weights don't fit their configuration ({config.method}): {error}. Export the model again."
+        ) from None
     return model.eval()
 
 
@@ -132,7 +134,7 @@ def _with_encoder(config: TrialConfig, model: nn.Module, encoder: Encoder | None
     if not config.reads_images:
         return model
     if encoder is None:
-        raise ImbvlmError(f"a model of method {config.method} on images needs its encoder, got none")
+        raise ImbvlmError(f"a model of method {config.method} on images needs its encoder, got none. Give it one.")
     from imbvlm.models.encoder_tuning import put_on_encoder
 
     return put_on_encoder(config, encoder, model, num_classes)
@@ -224,7 +226,10 @@ def _initial_weight(
         return text_weights(_class_embeddings(config, inputs), inputs.encoder_tensors.get("projection"), width)
     if init == "class_mean":
         if inputs.stored is None:
-            raise ImbvlmError("classifier.init: class_mean needs stored features of the training images, got none")
+            raise ImbvlmError(
+                "classifier.init: class_mean needs stored features of the training images, got none. "
+                "Set features.store: true."
+            )
         return class_means(decoder, inputs.stored, METHODS[config.method].reads, len(inputs.class_names), width, device)
     return None
 

@@ -270,5 +270,8 @@ def _directions(
 
 def _stored(inputs: ModelInputs) -> StoredFeatures:
     if inputs.stored is None:
-        raise ImbvlmError("a method that trains nothing needs stored features of the training images, got none")
+        raise ImbvlmError(
+            "a method that trains nothing needs stored features of the training images, got none. "
+            "Set features.store: true."
+        )
     return inputs.stored

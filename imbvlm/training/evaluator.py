@@ -67,7 +67,9 @@ class LogitAdjuster:
         self._zero_shot: ZeroShotClassifier | None = None
         if adjustment.alpha:
             if data.class_embeddings is None:
-                raise ImbvlmError("mixing with zero-shot logits needs the class names' text embeddings")
+                raise ImbvlmError(
+                    "mixing with zero-shot logits needs the class names' text embeddings. Choose an encoder with text"
+                )
             self._zero_shot = ZeroShotClassifier(data.class_embeddings, data.info.text_space.logit_scale).to(device)
 
     def __call__(self, logits: Tensor, examples: Index) -> Tensor:

@@ -471,7 +471,7 @@ def _spans(config: TrialConfig, data: TrialData) -> tuple[Span, Span]:
         return Span(0, 1, 0, 0), Span(1, 0, 0, 0)
     train, per_epoch = require_section(config.train), _steps_per_epoch(config, data)
     if per_epoch == 0:
-        raise ImbvlmError("there is no training image to train on; look at the manifest's train rows")
+        raise ImbvlmError("there is no training image to train on. `imbvlm manifest show` prints the splits.")
     num_steps = train.num_steps or (train.num_epochs or 1) * per_epoch
     first = Span(0, math.ceil(num_steps / per_epoch), 0, num_steps)
     num_epochs = num_stage_epochs(config.second_stage)

@@ -159,7 +159,10 @@ class TrialSession:
         config = settings.config
         if settings.marker is not None and not storage.exists(settings.marker):
             host = socket.gethostname()
-            raise StorageError(f"{host} doesn't see {settings.marker}; all nodes must share the sweep's folder")
+            raise StorageError(
+                f"{host} doesn't see {settings.marker}; all nodes must share the sweep's folder. "
+                "Give a --storage that all see."
+            )
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         memory = PeakMemory.start(self._device)

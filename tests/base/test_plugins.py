@@ -199,8 +199,8 @@ def test_what_cannot_be_taken_is_refused_with_place_and_cause(tmp_path: Path, na
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["gone.py"], r"gone.py: a plug-in is an existing Python file"),
-        (["folder"], r"folder: a plug-in is an existing Python file \(.py\) or a folder with __init__.py"),
+        (["gone.py"], r"gone.py: a plug-in must be a Python file"),
+        (["folder"], r"folder: a plug-in must be a Python file \(.py\) or a folder with __init__.py"),
         (["my-losses.py"], r"a plug-in needs a name that Python can import, got 'my-losses.py'"),
         (["a/losses.py", "b/losses.py"], r"b/losses.py: .*a/losses.py is called losses.py, too. Rename one of them"),
         (["a/losses.py", "more.py"], r"more.py: loss 'own' is also in .*a/losses.py. Rename one of them"),

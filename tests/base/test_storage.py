@@ -33,7 +33,7 @@ def test_locations_by_path_file_uri_and_object_store(tmp_path: Path, monkeypatch
     assert storage.join("s3://bucket/runs/", "one", "two") == "s3://bucket/runs/one/two"
     assert storage.absolute("s3://bucket/runs/") == "s3://bucket/runs"
     assert not storage.is_local("s3://bucket/runs")
-    with pytest.raises(StorageError, match="s3://bucket/runs is not on a local disk"):
+    with pytest.raises(StorageError, match="s3://bucket/runs must be a path on this machine"):
         storage.local_path("s3://bucket/runs")
 
 

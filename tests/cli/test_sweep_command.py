@@ -171,7 +171,7 @@ def test_mistakes_are_sentences_on_stderr_and_exit_1(capsys: pytest.CaptureFixtu
 def test_a_sweep_that_never_began_is_nothing_to_go_on_with(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         sweep_script.run_script(SPEC, [f"--manifest={tmp_path / 'none.parquet'}", f"--storage={tmp_path / 'runs'}"])
-    assert capsys.readouterr().err == f"imbvlm: {tmp_path / 'none.parquet'} is not there\n"
+    assert f"imbvlm: the manifest {tmp_path / 'none.parquet'} is not there; make one" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -225,7 +225,7 @@ def test_an_export_of_several_models_asks_which_one(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / ("notes.txt" if name == "3-notes" else "config.json")).write_text("{}")
     several = f"{tmp_path}/1-t00005, {tmp_path}/2-t00003"
-    with pytest.raises(ImbvlmError, match=f"{tmp_path} has several exported models. Name one of them: {several}$"):
+    with pytest.raises(ImbvlmError, match=f"{tmp_path} has several exported models. Name one of {several}\\.$"):
         imbvlm.load(tmp_path)
 
 

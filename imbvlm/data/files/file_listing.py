@@ -85,7 +85,7 @@ def printable_path(path: str) -> str:
 
 def _walk(root: str) -> Iterator[ListedFile]:
     if not os.path.isdir(root):
-        raise storage.StorageError(f"{root} is not a folder")
+        raise storage.StorageError(f"{root} is not a folder; name an existing one")
     pending = [(root, frozenset((_identity(os.stat(root)),)))]
     start = len(root.rstrip("/")) + 1
     while pending:
@@ -101,7 +101,9 @@ def _walk(root: str) -> Iterator[ListedFile]:
                     else:
                         yield ListedFile(entry.path[start:], -1)
         except OSError as error:
-            raise storage.StorageError(f"can't list {error.filename}: {error.strerror}") from None
+            raise storage.StorageError(
+                f"can't list {error.filename}: {error.strerror}; make it readable or take it out of the folder"
+            ) from None
 
 
 def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
@@ -128,7 +130,7 @@ def _list_s3(root: str) -> list[ListedFile]:
             for part in pool.map(lambda folder: _below(client, bucket, folder), level[1]):
                 files += part
     if not files:
-        raise storage.StorageError(f"{root} has no objects below it")
+        raise storage.StorageError(f"{root} has no objects below it; check bucket and prefix")
     return [ListedFile(file.path[len(prefix) :], file.num_bytes) for file in files if not file.path.endswith("/")]
 
 

@@ -42,7 +42,14 @@ def from_folders(root: str, name: str, *, class_names: Sequence[str] | None = No
         *_outside(paths, len(selected), others),
     ]
     if not selected:
-        raise ManifestError(root, [f"no image lies in a folder of a class, such as {root}/CLASS/image.jpg", *notes])
+        raise ManifestError(
+            root,
+            [
+                f"no image lies in a folder of a class, such as {root}/CLASS/image.jpg; "
+                "name the folder above those of the classes",
+                *notes,
+            ],
+        )
     labels = [parts[depth - 1] for parts in selected]
     if class_names is None and all(len(parts) > depth + 1 for parts in selected) and len(set(labels)) == 1:
         raise ManifestError(root, [_one_level_too_high(root, labels[0], selected, depth), *notes])

@@ -64,9 +64,11 @@ def from_inaturalist(
     The taxonomy is that of the categories where all have every rank. Raises ManifestError, StorageError.
     """
     if rank not in RANKS:
-        raise ManifestError(name, [f"rank {rank!r} is not known; {suggest_name(rank, RANKS)}"])
+        raise ManifestError(name, [f"--rank must be a rank of iNaturalist, got {rank!r}; {suggest_name(rank, RANKS)}"])
     if names not in NAMES:
-        raise ManifestError(name, [f"names {names!r} is not known; {suggest_name(names, NAMES)}"])
+        raise ManifestError(
+            name, [f"--names must be scientific or common, got {names!r}; {suggest_name(names, NAMES)}"]
+        )
     files = {split: _load_json(path) for split, path in annotations.items()}
     for split, file in files.items():
         if not isinstance(file, dict):
@@ -75,7 +77,7 @@ def from_inaturalist(
             )
     where = categories or next((annotations[split] for split, file in files.items() if file.get("categories")), None)
     if where is None:
-        raise ManifestError(name, ["no file has categories"])
+        raise ManifestError(name, ["no file has categories; give categories.json by --categories"])
     listed = _load_json(categories) if categories else next(filter(_has_categories, files.values()))
     taxa = _entries(listed if isinstance(listed, dict) else {"categories": listed}, "categories", where)
     label_of, class_names = _classes(taxa, rank, names, where)
@@ -107,9 +109,9 @@ def _load_json(path: str) -> Any:
     try:
         return json.loads(storage.read_bytes(path))
     except RecursionError:
-        raise ManifestError(path, ["its values are nested too deeply"], "file") from None
+        raise ManifestError(path, [f"its values are nested too deeply{_FIX}"], "file") from None
     except ValueError as error:
-        raise ManifestError(path, [f"it is no JSON: {error}"], "file") from None
+        raise ManifestError(path, [f"it is no JSON ({error}){_FIX}"], "file") from None
 
 
 def _has_categories(file: Mapping[str, Any]) -> bool:
@@ -135,14 +137,15 @@ def _classes(taxa: list[dict[str, Any]], rank: str, names: str, source: str) -> 
     repeated = [str(taxon["id"]) for taxon, following in pairwise(taxa) if int(taxon["id"]) == int(following["id"])]
     if repeated:
         number = pluralize(len(repeated), "category id")
-        raise ManifestError(source, [f"{number} given twice: {join_limited(repeated, 3)}"], "file")
+        raise ManifestError(source, [f"{number} given twice: {join_limited(repeated, 3)}; keep one of each"], "file")
     if rank == "species":
         return {int(taxon["id"]): label for label, taxon in enumerate(taxa)}, [_name(taxon, names) for taxon in taxa]
     without_rank = [str(taxon["id"]) for taxon in taxa if not taxon.get(rank)]
     if without_rank:
         shown = ", ".join(without_rank[:3])
         raise ManifestError(
-            source, [f"{len(without_rank)} categories have no {rank}, such as {shown}; give categories.json"]
+            source,
+            [f"{len(without_rank)} categories have no {rank}, such as {shown}; give categories.json by --categories"],
         )
     groups = sorted({str(taxon[rank]) for taxon in taxa})
     return {int(taxon["id"]): groups.index(str(taxon[rank])) for taxon in taxa}, groups
@@ -202,7 +205,11 @@ def _rows(
     }
     unlabeled = [str(image["file_name"]) for image in images if image["id"] not in category_of]
     if unlabeled:
-        raise ManifestError(source, [f"{len(unlabeled)} images have no annotation, such as {unlabeled[0]}"], "file")
+        raise ManifestError(
+            source,
+            [f"{len(unlabeled)} images have no annotation, such as {unlabeled[0]}; give each one, or take them out"],
+            "file",
+        )
     if group_by is not None and not any(group_by in image for image in images):
         fields = sorted({field for image in images[:100] for field in image})
         problem = f"its images have no field {group_by!r} for groups; {suggest_name(group_by, fields)}"

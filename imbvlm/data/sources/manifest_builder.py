@@ -211,6 +211,8 @@ def read_class_names(path: str) -> list[str]:
     if lines and all(numbered):
         pairs = sorted((int(match[1]), match[2].strip()) for match in numbered if match)
         if any(after[0] != before[0] + 1 for before, after in pairwise(pairs)) or pairs[0][0] != 0:
-            raise ManifestError(path, ["its numbered class names don't run 0, 1, 2, ..."], "file")
+            raise ManifestError(
+                path, ["its numbered class names don't run 0, 1, 2, ...; number every class once, from 0 on"], "file"
+            )
         return [name for _, name in pairs]
     return lines

@@ -321,7 +321,9 @@ def _batches(path: str) -> Iterator[pa.Table]:
     try:
         yield from readers[suffix](path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ManifestError(path, [f"it can't be read as {suffix}: {error}"], "table") from None
+        raise ManifestError(
+            path, [f"it can't be read as {suffix}: {error}; name it by its format, or write it again"], "table"
+        ) from None
 
 
 def _read_csv(path: str) -> list[pa.Table]:

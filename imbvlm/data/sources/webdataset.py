@@ -67,12 +67,16 @@ def from_shards(paths: Sequence[str], name: str, *, class_names: Sequence[str] |
     open_ended = [path for path, shard in zip(paths, shards, strict=True) if not shard.has_end]
     notes = [*_left_out(shards), *_open_ended_notes(open_ended)]
     if not images:
-        raise ManifestError(", ".join(paths), ["no image is in it, such as KEY.jpg", *notes])
+        raise ManifestError(", ".join(paths), ["no image is in it, such as KEY.jpg; name shards with images", *notes])
     unlabeled = [f"{path}: {key}" for path, key, sample in images if "label" not in sample]
     if unlabeled:
         shown = ", ".join(unlabeled[:5])
         raise ManifestError(
-            ", ".join(paths), [f"{len(unlabeled)} images have neither a .cls nor a .json with a label: {shown}"]
+            ", ".join(paths),
+            [
+                f"{len(unlabeled)} images have neither a .cls nor a .json with a label: {shown}; "
+                "add KEY.cls next to each KEY.jpg"
+            ],
         )
     labels = [sample["label"] for _, _, sample in images]
     if not all(isinstance(label, int) for label in labels):
@@ -145,7 +149,11 @@ def _read_shard(path: str) -> _Shard:
                     shard.links.append(member.name)
             shard.has_end = archive.offset < filesystem.get_file_info(inner).size
     except tarfile.TarError as error:
-        raise ManifestError(path, [f"it can't be read as an uncompressed tar file: {error}"], "shard") from None
+        raise ManifestError(
+            path,
+            [f"it can't be read as an uncompressed tar file: {error}; unpack a compressed one with gunzip"],
+            "shard",
+        ) from None
     except OSError as error:
         raise storage.storage_error("read", path, error) from None
     return shard
@@ -168,7 +176,14 @@ def _add_member(shard: _Shard, path: str, archive: tarfile.TarFile, member: tarf
         sample["uri"] = range_uri(path, member.offset_data, member.size)
     elif extension in ("cls", "json"):
         if member.size > _MAX_LABEL_BYTES:
-            raise ManifestError(path, [f"{member.name} has {member.size:,} bytes, too many for a label"], "shard")
+            raise ManifestError(
+                path,
+                [
+                    f"{member.name} has {member.size:,} bytes, too many for a label; "
+                    "give a shard with text files of a label each"
+                ],
+                "shard",
+            )
         content = archive.extractfile(member)
         data = content.read() if content is not None else b""
         label = _label_of(data) if extension == "json" else _text_of(data, path, member.name)

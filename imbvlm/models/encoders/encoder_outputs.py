@@ -264,12 +264,15 @@ def _timm_resize(image_tower: Any, image_size: int) -> None:
         raise ImbvlmError(_not_a_multiple(image_size, patch[0], "patches"))
     if hasattr(image_tower.head, "pool"):
         raise ImbvlmError(
-            f"encoder.image_size is {image_size}, and this encoder's attention pool fits its own size only."
+            f"encoder.image_size is {image_size}, and this encoder's attention pool fits its own size only. "
+            "Leave encoder.image_size out."
         )
     try:
         image_tower.set_input_size(image_size)
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ImbvlmError(f"encoder.image_size is {image_size}, which this encoder doesn't take ({error}).") from None
+        raise ImbvlmError(
+            f"encoder.image_size is {image_size}, which this encoder doesn't take ({error}). Leave it out."
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------ small

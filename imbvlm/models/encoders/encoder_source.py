@@ -87,7 +87,7 @@ class EncoderSource:
         if not self._folder_files():
             raise ImbvlmError(
                 f"encoder.name is {self.name!r}, and {self.model.removeprefix(LOCAL_DIR)} has no weights "
-                f"({', '.join(f'*{suffix}' for suffix in _WEIGHTS_SUFFIXES)})."
+                f"({', '.join(f'*{suffix}' for suffix in _WEIGHTS_SUFFIXES)}); copy them there."
             )
         return None
 

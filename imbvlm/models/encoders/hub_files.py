@@ -74,7 +74,9 @@ class HubFile:
         path = next((path for path in paths if path is not None), None)
         if path is None:
             only = "" if self.can_run_code else " Files of other kinds aren't read, since they may run code."
-            raise ImbvlmError(f"{encoder} needs {self}, and the repository has no such file.{only}")
+            raise ImbvlmError(
+                f"{encoder} needs {self}, and the repository has no such file.{only} Choose another encoder."
+            )
         return path
 
     def fetch_alternative(self, name: str, encoder: str) -> str | None:

@@ -309,7 +309,9 @@ def build_error(source: EncoderSource, weights: str | None, error: BaseException
     cause = " ".join(line.strip() for line in lines[:3])
     if len(lines) > 3:
         cause += f" and {len(lines) - 3} more such lines"
-    return ImbvlmError(f"can't load the encoder {source.name} from {weights or source.model}: {cause}")
+    return ImbvlmError(
+        f"can't load the encoder {source.name} from {weights or source.model}: {cause}. Is it this model's file?"
+    )
 
 
 def fingerprint(state: Mapping[str, Tensor], switches: Mapping[str, Any]) -> str:

@@ -129,7 +129,7 @@ def tag_source(config: EncoderConfig, name: str, short_names: Collection[str]) -
         )
     weights = config.absolute().weights
     if weights is not None and not os.path.isfile(weights):
-        raise ImbvlmError(f"encoder.weights is {config.weights!r}, and there is no such file.")
+        raise ImbvlmError(f"encoder.weights is {config.weights!r}, and there is no such file; give its path.")
     quick_gelu = _quick_gelu(config, model, tag, bool(tag_config.get("quick_gelu")), model_config)
     preprocess = _with_defaults(tag_config) if tag else _common_preprocess(config, model)
     repository, filename = os.path.split(tag_config.get("hf_hub", ""))

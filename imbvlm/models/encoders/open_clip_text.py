@@ -126,4 +126,6 @@ def _tokenizer(source: EncoderSource) -> Callable[..., Tensor]:
                 str(folder), context_length=length, tokenizer_mode=mode, **options, trust_remote_code=False
             )
     except BUILD_ERRORS as error:
-        raise ImbvlmError(f"can't load the tokenizer of {source.name}: {error}") from None
+        raise ImbvlmError(
+            f"can't load the tokenizer of {source.name}: {error}. Fetch the encoder again, or choose another one."
+        ) from None

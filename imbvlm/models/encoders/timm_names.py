@@ -47,7 +47,9 @@ def timm_source(config: EncoderConfig, name: str) -> EncoderSource:
         )
     weights = config.absolute().weights
     if weights is not None and not (weights.endswith(".safetensors") and os.path.isfile(weights)):
-        raise ImbvlmError(f"encoder.weights is {config.weights!r}, and must be an existing file, *.safetensors.")
+        raise ImbvlmError(
+            f"encoder.weights is {config.weights!r}, and must be an existing file, *.safetensors; give its path."
+        )
     try:
         first, *others = [_input(asdict(get_pretrained_cfg(each))) for each in ([name] if tag else tags or [name])]
     except (ValueError, LookupError, TypeError) as error:
@@ -93,7 +95,9 @@ def timm_folder_source(config: EncoderConfig, folder: str, hub: HubFile | None =
             "weights; remove encoder.weights."
         )
     if hub is None and not weights.is_file():
-        raise ImbvlmError(f"encoder.name is {config.name!r}, and {folder} has no weights ({TIMM_WEIGHTS_FILE}).")
+        raise ImbvlmError(
+            f"encoder.name is {config.name!r}, and {folder} has no weights ({TIMM_WEIGHTS_FILE}); copy them there."
+        )
     source = _source(config, architecture, str(weights) if hub is None else None, hub, images)
     return replace(source, stated_origin=read_origin(data))
 

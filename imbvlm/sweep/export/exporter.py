@@ -59,7 +59,7 @@ def export_sweep(
     spec, log = with_located_manifest(read_spec(folder), folder, manifest), TrialLog.read(folder)
     ranked = log.winner_first(spec.objective)
     if not ranked:
-        raise ImbvlmError(f"no trial of {folder} has a result yet. Go on with: imbvlm sweep resume {folder}")
+        raise ImbvlmError(f"no trial of {folder} has a result yet. Run `imbvlm sweep resume {folder}`.")
     records, objectives = pareto_set(log, spec) if pareto else (ranked[:top], ())
     has_folders = pareto or top > 1
     names = [f"{number}-{record.trial_id}" for number, record in enumerate(records, 1)] if has_folders else [""]

@@ -356,7 +356,7 @@ def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> Feat
 def _encoder(config: TrialConfig, device: str | torch.device = "cpu") -> Encoder:
     """Return the encoder with its weights; raises ImbvlmError if they are not on this machine."""
     if not resolve_encoder(config.encoder).has_weights:
-        raise ImbvlmError(f"the weights of {config.encoder.name} are not here yet")
+        raise ImbvlmError(f"the weights of {config.encoder.name} are not here yet. `imbvlm encoder fetch` brings them.")
     return create_encoder(config.encoder, config.eval, device)
 
 

@@ -41,7 +41,7 @@ def read_spec(folder: str, *, check_plugins: bool = True) -> SweepSpec:
     try:
         text = storage.read_bytes(uri).decode()
     except UnicodeDecodeError as error:
-        raise ImbvlmError(f"{uri} is damaged: byte {error.start} is no UTF-8") from None
+        raise ImbvlmError(f"{uri} is damaged: byte {error.start} is no UTF-8. Restore the file.") from None
     tree = parse_yaml(text, uri)
     require_sweep_plugins(folder, check=check_plugins)
     # Its own list names files that the caller may not mean.

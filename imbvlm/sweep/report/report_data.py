@@ -122,7 +122,9 @@ class ReportData:
         """
         spec, log = with_located_manifest(read_spec(folder), folder, manifest), TrialLog.read(folder)
         if not log.records:
-            raise ImbvlmError(f"{folder} has no trial yet, so there is nothing to report.")
+            raise ImbvlmError(
+                f"{folder} has no trial yet, so there is nothing to report. Run `imbvlm sweep resume {folder}`."
+            )
         by_name: dict[str, list[TrialRecord]] = {}
         for record in [*log.of("delivered"), *log.of("refit")]:
             if record.epochs and record.state == "finished":

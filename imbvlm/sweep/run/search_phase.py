@@ -56,7 +56,8 @@ def search(run: SweepRun, starts: Sequence[WarmStart]) -> None:
     if run.exhausted_limit is not None:
         raise ImbvlmError(f"{run.exhausted_limit} is used up, and no trial has ended yet; {run.raise_limit_hint()}")
     raise ImbvlmError(
-        f"no trial of {len(ended)} gave a result, so there is no best configuration; {run.folder} has their records"
+        f"no trial of {len(ended)} gave a result, so there is no best configuration; "
+        f"`imbvlm sweep show {run.folder}` has their causes"
     )
 
 

@@ -316,7 +316,9 @@ class ListedSpace(SearchSpace):
     def to_optuna_params(self, params: Mapping[str, Any], base: Tree) -> dict[str, Any]:
         name = self.name_of(params)
         if name is None:
-            raise ConfigError([Problem(f"{dict(params)} is none of the space's listed configurations")])
+            raise ConfigError(
+                [Problem(f"{dict(params)} is none of the space's listed configurations. Take one of them as it is")]
+            )
         return {CONFIGURATION: name}
 
     def always_samples(self, key: str, base: Tree) -> bool:

@@ -140,5 +140,5 @@ def test_a_cell_above_pythons_limit_isnt_called_a_mistake_in_its_quotes(read: Ca
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, read_pipe: Callable[..., Any]) -> None:
     path = tmp_path / "train.parquet"
     os.mkfifo(path)
-    with pytest.raises(storage.StorageError, match="it is a pipe or a device and no file"):
+    with pytest.raises(storage.StorageError, match="it is a pipe or a device; name a file"):
         read_pipe(str(path))

@@ -70,7 +70,7 @@ def test_the_pareto_set_has_what_nothing_beats_both_overall_and_on_few_shot(tmp_
 def test_nothing_is_exported_of_a_sweep_without_a_result(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS, refits=False, num_trials=1)
     (folder / "trials" / "t00001.json").unlink()
-    with pytest.raises(ImbvlmError, match=r"no trial of .* has a result yet. Go on with: imbvlm sweep resume "):
+    with pytest.raises(ImbvlmError, match=r"no trial of .* has a result yet. Run `imbvlm sweep resume "):
         export_sweep(str(folder), str(tmp_path / "out"))
 
 

@@ -199,9 +199,9 @@ parameters:
     with pytest.raises(ConfigError) as error:
         searched.to_optuna_params({"loss.name": "ldam", "loss.gamma": 1, "optim.lr": 0.2, "optim.lrr": 1}, BASE)
     assert [str(problem) for problem in error.value.problems] == [
-        "s.yaml:5: optim.lr = 0.2 is outside loguniform 0.001 .. 0.1",
+        "s.yaml:5: optim.lr = 0.2 is outside loguniform 0.001 .. 0.1.",
         "s.yaml:4: 'loss.gamma' isn't searched under these values; its range: uniform 0.5 .. 3.0 when loss.name = "
-        "focal",
+        "focal.",
         "'optim.lrr' isn't searched by the space; did you mean 'optim.lr'?",
     ]
     with pytest.raises(ConfigError, match=r"'loss.gamma' isn't given, and the space searches it: uniform 0.5 .. 3.0"):
@@ -292,19 +292,19 @@ parameters:
     assert found == [
         "s.yaml:2: 'los.name' is no key of a trial; did you mean 'loss.name'?",
         "s.yaml:3: unknown word 'chioce' in the range of loss.name; did you mean 'choice'?",
-        "s.yaml:4: uniform of loss.gamma is empty: low 3 is not below high 3",
-        "s.yaml:5: loguniform of loss.tau must start above 0, and starts at 0",
-        "s.yaml:6: int of decoder.depth must be [low, high] of whole numbers, and is [1, 2.5]",
-        "s.yaml:7: choice of decoder.width is empty",
-        "s.yaml:8: uniform of optim.momentum must be finite, and is [0, inf]",
-        "s.yaml:11: uniform of optim.lr must be [low, high] of numbers, and is [1]",
-        "s.yaml:12: optim.lr needs exactly one of choice, uniform, loguniform, int, and has uniform and int",
-        "s.yaml:12: 'when' of optim.lr must name keys and their values, such as {method: decoder}, and is 'decoder'",
-        "s.yaml:13: choice of optim.nesterov has 1.0 twice",
-        "s.yaml:14: optim.weight_decay has an empty list of branches",
-        "s.yaml:15: optim.warmup_fraction must be a range such as {uniform: [0, 1]}, and is 0.5",
-        "s.yaml:16: choice of train.num_epochs must list plain values, and has [1]",
-        "s.yaml:17: int of train.batch_size must be [low, high] of whole numbers, and is [True, 4]",
+        "s.yaml:4: uniform of loss.gamma is empty: low 3 is not below high 3.",
+        "s.yaml:5: loguniform of loss.tau must start above 0, and starts at 0.",
+        "s.yaml:6: int of decoder.depth must be [low, high] of whole numbers, and is [1, 2.5].",
+        "s.yaml:7: choice of decoder.width is empty.",
+        "s.yaml:8: uniform of optim.momentum must be finite, and is [0, inf].",
+        "s.yaml:11: uniform of optim.lr must be [low, high] of numbers, and is [1].",
+        "s.yaml:12: optim.lr needs exactly one of choice, uniform, loguniform, int, and has uniform and int.",
+        "s.yaml:12: 'when' of optim.lr must name keys and their values, such as {method: decoder}, and is 'decoder'.",
+        "s.yaml:13: choice of optim.nesterov has 1.0 twice.",
+        "s.yaml:14: optim.weight_decay has an empty list of branches.",
+        "s.yaml:15: optim.warmup_fraction must be a range such as {uniform: [0, 1]}, and is 0.5.",
+        "s.yaml:16: choice of train.num_epochs must list plain values, and has [1].",
+        "s.yaml:17: int of train.batch_size must be [low, high] of whole numbers, and is [True, 4].",
         "s.yaml:10: the condition of optim.lr names 'methd', no key of a trial; did you mean 'method'?",
     ]
 
@@ -313,7 +313,7 @@ parameters:
 def test_another_layout_is_refused(text: str) -> None:
     assert mistakes(text) == [
         "s.yaml:1: a search space is a section 'parameters' of dotted keys and ranges, or a section 'configurations' "
-        "of names with dotted keys and values, and nothing else"
+        "of names with dotted keys and values, and nothing else."
     ]
 
 
@@ -348,7 +348,7 @@ parameters:
   optim.lr: {uniform: [1, 2], when: {loss.name: focal}}
   loss.name: {choice: [focal, ldam], when: {classifier.kind: linear}}
   classifier.kind: {choice: [linear, cosine], when: {loss.name: focal}}
-""") == ["s.yaml:3: the conditions go in a circle through classifier.kind, loss.name"]
+""") == ["s.yaml:3: the conditions go in a circle through classifier.kind, loss.name."]
     assert (
         "in a circle through loss.name"
         in mistakes("parameters: {loss.name: {choice: [focal], when: {loss.name: focal}}}")[0]
@@ -357,7 +357,7 @@ parameters:
 
 def test_conditions_on_what_nobody_sets() -> None:
     assert spec_mistakes("parameters:\n  optim.lr: {uniform: [1, 2], when: {loss.name: focal}}") == [
-        "space of sweep s: the condition of optim.lr names loss.name, which neither base nor space sets"
+        "space of sweep s: the condition of optim.lr names loss.name, which neither base nor space sets."
     ]
 
 
@@ -386,9 +386,9 @@ parameters:
   loss.name: {choice: [focal, ldam], when: {method: [linear_probe, decoder]}}
 """) == [
         "space of sweep s: decoder.depth is searched when method = zero_shot, which doesn't read 'decoder'; "
-        "add when: {method: decoder}",
+        "add when: {method: decoder}.",
         "space of sweep s: decoder.depth is searched when method = linear_probe, which doesn't read 'decoder'; "
-        "add when: {method: decoder}",
+        "add when: {method: decoder}.",
     ]
 
 

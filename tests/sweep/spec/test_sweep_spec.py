@@ -188,10 +188,10 @@ def test_every_wrong_setting_at_once_with_where_it_was_set() -> None:
     assert problems(error) == [
         "--set: 'num_trails' is no key of a sweep or trial; did you mean 'num_trials'?",
         "--set: 'optim.lrr' is no key of a trial; did you mean 'optim.lr'?",
-        "--set: optim.lr must be a valid number, and is 'fast'",
-        "--set: data.on_bad_image must be 'quarantine' or 'strict', and is 'strct'",
-        "--set: 'base.optim.lr' is set as 'optim.lr'",
-        "--set: space is set as a whole, not 'space.parameters'",
+        "--set: optim.lr must be a valid number, and is 'fast'.",
+        "--set: data.on_bad_image must be 'quarantine' or 'strict', and is 'strct'.",
+        "--set: 'base.optim.lr' is set as 'optim.lr'.",
+        "--set: space is set as a whole, not 'space.parameters'.",
         "--set: 'searcher.sed' is no key of a sweep or trial; did you mean 'searcher.seed'?",
     ]
 
@@ -200,8 +200,8 @@ def test_wrong_types_of_settings() -> None:
     with pytest.raises(ConfigError) as error:
         with_settings(spec(), {"num_trials": "many", "num_workers": 0})
     assert problems(error) == [
-        "--set: num_trials must be a valid integer, and is 'many'",
-        "--set: num_workers must be greater than or equal to 1, and is 0",
+        "--set: num_trials must be a valid integer, and is 'many'.",
+        "--set: num_workers must be greater than or equal to 1, and is 0.",
     ]
 
 
@@ -254,12 +254,15 @@ space:
     messages = refused(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")))
     assert messages == [
         "sweep.yaml:2: objective 'val/balanced' is not measured; did you mean 'val/balanced_accuracy'?",
-        "sweep.yaml:11: the condition of optim.lr names decoder.depth, which neither base nor space sets",
-        "sweep.yaml:3: stratify names 'method', which the space doesn't choose from a list; nothing is valid here",
-        "sweep.yaml:3: stratify names 'optim.lr', which the space doesn't choose from a list; nothing is valid here",
-        "sweep.yaml:3: stratify names 'los.name', which the space doesn't choose from a list; nothing is valid here",
+        "sweep.yaml:11: the condition of optim.lr names decoder.depth, which neither base nor space sets.",
+        "sweep.yaml:3: stratify names 'method', which the space doesn't choose from a list; "
+        "nothing can be named here, so leave it out.",
+        "sweep.yaml:3: stratify names 'optim.lr', which the space doesn't choose from a list; "
+        "nothing can be named here, so leave it out.",
+        "sweep.yaml:3: stratify names 'los.name', which the space doesn't choose from a list; "
+        "nothing can be named here, so leave it out.",
         "sweep.yaml:8: unknown key 'decodr'; did you mean 'decoder'?",
-        "sweep.yaml:9: section 'loss' is read by no method of the space (zero_shot); remove it",
+        "sweep.yaml:9: section 'loss' is read by no method of the space (zero_shot); remove it.",
     ]
 
 
@@ -309,7 +312,7 @@ def test_a_trials_own_seed_is_not_run_again_and_there_must_be_another() -> None:
     only = spec(confirm_trials=2, confirm_seeds=[0])
     assert refused(only) == [
         "confirm_seeds of sweep small: confirm_seeds has only 0, with which every trial runs already (train.seed); "
-        "add another"
+        "add another."
     ]
     check_spec(spec(confirm_seeds=[0]))
 
