@@ -131,3 +131,30 @@ def test_variables_say_what_they_hold(variable: str) -> None:
                 case ast.Name(id=text) | ast.arg(arg=text) if text == variable:
                     uses[name(path)] += 1
     assert uses.total() < MAX_VAGUE, uses.most_common()
+
+
+# -------------------------------------------------------------------------------------------------- messages
+
+ERRORS = ("ImbvlmError", "StorageError", "StoreError", "ManifestError", "ConfigError", "Problem", "plugin_error")
+# After the value: another sentence or clause, or a name; or the rule itself, which says what would be right.
+FIX = re.compile(r"[.;?] \S|\b(must|needs?)\b|suggest_name|\{(EXPORT_AGAIN|_FIX|fix|rule)\}|fix\(\)\}")
+# Ends with a sentence of others, or is what a list of findings is about.
+PASSED_ON = re.compile(
+    r"\{(\w+\.)*(problem|mistake|message|failure|cause|error)\}\.?['\"]$|'the class order'$|Download "
+)
+
+
+def messages(path: Path) -> Iterator[str]:
+    """Place and text of each message for users that a module writes where it raises or collects it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ERRORS:
+            for part in [*node.args, *(item for arg in node.args if isinstance(arg, ast.List) for item in arg.elts)]:
+                is_text = isinstance(part, ast.Constant) and isinstance(part.value, str)
+                if (is_text or isinstance(part, ast.JoinedStr)) and " " in ast.unparse(part):
+                    yield f"{name(path)}:{node.lineno}: {ast.unparse(part)}"
+
+
+def test_a_message_says_how_it_is_fixed() -> None:
+    texts = [text for path in package() for text in messages(path)]
+    assert len(texts) > 250
+    assert [text for text in texts if not FIX.search(text) and not PASSED_ON.search(text)] == []

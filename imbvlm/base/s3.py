@@ -293,6 +293,6 @@ def translate_errors(uri: str) -> Iterator[None]:
             raise denied(uri, code) from None
         if status == 404:
             raise StorageError(f"{uri} is not there ({code}); check bucket and key") from None
-        raise StorageError(f"{uri}: the store answers {status} {code}") from None
+        raise StorageError(f"{uri}: the store answers {status} {code}; try again later") from None
     except BotoCoreError as error:
         raise StorageError(f"can't reach {uri}: {error}; check the network and AWS_ENDPOINT_URL") from None

@@ -67,17 +67,17 @@ def _check_settings(located: YamlTree, settings: Tree, path: tuple[str, ...]) ->
 def _check_aws(located: YamlTree, tree: Tree) -> Iterator[Problem]:
     provider = tree["provider"]
     if "region" not in provider:
-        yield Problem("provider.region is missing: Ray would take us-west-2", located.where(("provider",)))
+        yield Problem("provider.region must be set: Ray would take us-west-2", located.where(("provider",)))
     region, zones = provider.get("region"), provider.get("availability_zone")
     if region and zones and not all(zone.strip().startswith(region) for zone in str(zones).split(",")):
-        message = f"the zone {zones} is not in the region {region}"
+        message = f"the zone {zones} is not in the region {region}; name one such as {region}a"
         yield Problem(message, located.where(("metadata", "zone")))
     for name, node_type in tree.get("available_node_types", {}).items():
         for key in ("InstanceType", "ImageId"):
             if key not in node_type["node_config"]:
                 where = located.where(("available_node_types", name, "node_config"))
                 yield Problem(
-                    f"node type {name} has no {key}: Ray would choose one that has no GPU or is too old", where
+                    f"node type {name} must have {key}: Ray would choose one that has no GPU or is too old", where
                 )
 
 

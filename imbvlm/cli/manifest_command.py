@@ -342,7 +342,7 @@ def _pairs(values: Sequence[str], option: str, keys: Sequence[str]) -> dict[str,
     pairs = [value.partition("=") for value in values]
     wrong = [value for value, (key, _, name) in zip(values, pairs, strict=True) if key not in keys or not name]
     if wrong:
-        raise ImbvlmError(f"{option} takes {' or '.join(f'{key}=...' for key in keys)}, got {wrong[0]!r}.")
+        raise ImbvlmError(f"{option} must be {' or '.join(f'{key}=...' for key in keys)}, got {wrong[0]!r}.")
     return {key: name for key, _, name in pairs}
 
 

@@ -171,7 +171,7 @@ def open_shard(path: str) -> pa.RecordBatch:
         raise StoreError(f"can't read the shard {path} ({error}). Start again to compute it anew.") from None
     problem = next(filter(None, map(type_problem, batch.schema.types)), None)
     if problem is not None:
-        raise StoreError(f"the shard {path} is not read: {problem}.")
+        raise StoreError(f"the shard {path} is not read: {problem}. Delete it to compute it anew.")
     return batch
 
 

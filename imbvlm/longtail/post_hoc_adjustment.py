@@ -49,7 +49,7 @@ class PostHocAdjustment:
         adjusted = adjust_logits(logits, class_counts, self.tau)
         if self.alpha:
             if zero_shot_logits is None:
-                raise ImbvlmError(f"alpha {self.alpha:g} mixes in zero-shot logits, got none.")
+                raise ImbvlmError(f"alpha {self.alpha:g} needs zero-shot logits to mix in, got none.")
             adjusted = mix_logits(adjusted, zero_shot_logits, self.alpha)
         return adjusted / self.temperature
 

@@ -89,8 +89,8 @@ def test_with_them_set_it_is_what_ray_wants(tmp_path: Path) -> None:
         ({"max_spot": "9"}, (), "node type gpu_spot may have 9 workers, and all together 8"),
         ({"max_workers": "0", "max_spot": "0", "max_on_demand": "0"}, (), "no node type may have workers"),
         ({"max_workers": "many"}, (), "max_workers: 'many' is not of type 'integer'"),
-        ({}, ("  region: *region\n", ""), "provider.region is missing"),
-        ({}, ("      ImageId: *image\n      InstanceMarket", "      InstanceMarket"), "gpu_spot has no ImageId"),
+        ({}, ("  region: *region\n", ""), "provider.region must be set"),
+        ({}, ("      ImageId: *image\n      InstanceMarket", "      InstanceMarket"), "gpu_spot must have ImageId"),
         (
             {},
             ("    min_workers: 0\n    max_workers: *max_spot", "    min_workers: 9\n    max_workers: 8"),
@@ -177,8 +177,8 @@ def test_nothing_secret_is_in_a_command() -> None:
 
 def test_kuberay_names_what_must_be_set(tmp_path: Path) -> None:
     assert [problem.split(": ", 1)[1] for problem in problems_of(KUBERAY)] == [
-        "image must be set",
-        "shared-volume-claim must be set",
+        "image must be set.",
+        "shared-volume-claim must be set.",
     ]
     text = KUBERAY.read_text().replace("&image null", "&image me/imbvlm:1").replace("&claim null", "&claim shared")
     path = tmp_path / "kuberay.yaml"

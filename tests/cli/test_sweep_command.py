@@ -164,7 +164,7 @@ def test_mistakes_are_sentences_on_stderr_and_exit_1(capsys: pytest.CaptureFixtu
     assert said.err.splitlines() == [
         "imbvlm: 2 mistakes in the configuration:",
         "  --set: 'optim.lrr' is no key of a trial; did you mean 'optim.lr'?",
-        "  --set: num_trials must be a valid integer, and is 'none'",
+        "  --set: num_trials must be a valid integer, and is 'none'.",
     ]
 
 

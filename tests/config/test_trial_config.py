@@ -388,7 +388,7 @@ def test_a_section_with_a_wrong_name_has_its_other_mistakes_shown_too() -> None:
         TrialConfig.from_tree(tree)
     assert [problem.message for problem in error.value.problems] == [
         "optim.name is 'adam', which is not one of its values; did you mean 'adamw'?",
-        "optim.lr must be greater than 0, and is -1.",
+        "optim.lr must be greater than 0, and is -1",
         "unknown key 'optim.moment'; did you mean 'momentum'?",
     ]
 

@@ -66,7 +66,7 @@ def visual_rules(image_tower: nn.Module, name: str) -> VisualRules:
     else:
         reason = rules.refusal(image_tower)
     if rules is None or reason is not None:
-        raise ImbvlmError(f"the encoder {name} can't be used: {reason}.")
+        raise ImbvlmError(f"the encoder {name} can't be used: {reason}. Choose another one.")
     return rules
 
 

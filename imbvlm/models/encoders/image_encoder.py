@@ -293,7 +293,7 @@ class ImageEncoder(ABC):
         if not difference < 1e-3:
             raise ImbvlmError(
                 f"the encoder {self.info.name} can't be used: its {type(self.image_tower).__name__} computes something "
-                f"unknown here (outputs differ from its own by {difference:.2g} of the largest value)."
+                f"unknown here (outputs differ from its own by {difference:.2g} of the largest). Choose another one."
             )
 
 

@@ -94,7 +94,7 @@ def _parse_configurations(located: YamlTree) -> SearchSpace:
     valid = dotted_keys()
     problems = [
         Problem(
-            f"a configuration's name is of lower-case letters, digits and hyphens, and not {name!r}",
+            f"a configuration's name must be of lower-case letters, digits and hyphens, got {name!r}",
             located.where(("configurations", name)),
         )
         for name in configurations
@@ -134,7 +134,7 @@ def _parse_key(key: str, value: Any, located: YamlTree) -> tuple[list[Parameter]
     elif value:
         branches = {(f"{key}[{index}]", (*path, index)): branch for index, branch in enumerate(value)}
     else:
-        return [], [Problem(f"{key} has an empty list of branches", located.where(path))]
+        return [], [Problem(f"{key} has an empty list of branches; give one, or remove the key", located.where(path))]
     parameters, problems = [], []
     for (name, branch_path), branch in branches.items():
         mistakes = _branch_mistakes(key, branch, branch_path, located)
@@ -203,7 +203,7 @@ def _range_mistake(key: str, kind: Kind, values: Any) -> str | None:
 
 def _choice_mistake(key: str, values: list[Any]) -> str | None:
     if not values:
-        return f"choice of {key} is empty"
+        return f"choice of {key} must have a value"
     nested = [value for value in values if not _is_plain(value)]
     if nested:
         return f"choice of {key} must list plain values, and has {nested[0]!r}"
@@ -274,5 +274,5 @@ def _cycle_problem(waiting: list[Parameter]) -> Problem:
         inner = [parameter for parameter in waiting if parameter.key in needed]
         if len(inner) == len(waiting):
             names = ", ".join(sorted({parameter.key for parameter in waiting}))
-            return Problem(f"the conditions go in a circle through {names}", waiting[0].where)
+            return Problem(f"the conditions go in a circle through {names}; remove one", waiting[0].where)
         waiting = inner

@@ -174,7 +174,10 @@ def _check_limits(spec: SweepSpec) -> list[Problem]:
 
 def _check_conditions(spec: SweepSpec, space: SearchSpace) -> list[Problem]:
     return [
-        Problem(f"the condition of {parameter.key} names {key}, which neither base nor space sets", parameter.where)
+        Problem(
+            f"the condition of {parameter.key} names {key}, which neither base nor space sets; set it in base",
+            parameter.where,
+        )
         for parameter in space.parameters
         for key in parameter.when
         if not space.of(key) and get_dotted(spec.base, key) is MISSING

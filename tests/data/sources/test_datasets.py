@@ -982,7 +982,7 @@ def test_a_seed_below_zero_is_refused(tree: Path, words: tuple[str, str]) -> Non
 
 
 def test_build_options_that_cannot_be_are_said(tree: Path) -> None:
-    with pytest.raises(ImbvlmError, match=r"--list takes train=.* or test=.*, got 'a.txt'"):
+    with pytest.raises(ImbvlmError, match=r"--list must be train=.* or test=.*, got 'a.txt'"):
         run("build", "--list", "a.txt", "-o", "x.parquet")
     with pytest.raises(ImbvlmError, match="has no"):
         run("build", "--webdataset", tree, "-o", "x.parquet")

@@ -295,13 +295,13 @@ parameters:
         "s.yaml:4: uniform of loss.gamma is empty: low 3 is not below high 3.",
         "s.yaml:5: loguniform of loss.tau must start above 0, and starts at 0.",
         "s.yaml:6: int of decoder.depth must be [low, high] of whole numbers, and is [1, 2.5].",
-        "s.yaml:7: choice of decoder.width is empty.",
+        "s.yaml:7: choice of decoder.width must have a value.",
         "s.yaml:8: uniform of optim.momentum must be finite, and is [0, inf].",
         "s.yaml:11: uniform of optim.lr must be [low, high] of numbers, and is [1].",
         "s.yaml:12: optim.lr needs exactly one of choice, uniform, loguniform, int, and has uniform and int.",
         "s.yaml:12: 'when' of optim.lr must name keys and their values, such as {method: decoder}, and is 'decoder'.",
         "s.yaml:13: choice of optim.nesterov has 1.0 twice.",
-        "s.yaml:14: optim.weight_decay has an empty list of branches.",
+        "s.yaml:14: optim.weight_decay has an empty list of branches; give one, or remove the key.",
         "s.yaml:15: optim.warmup_fraction must be a range such as {uniform: [0, 1]}, and is 0.5.",
         "s.yaml:16: choice of train.num_epochs must list plain values, and has [1].",
         "s.yaml:17: int of train.batch_size must be [low, high] of whole numbers, and is [True, 4].",
@@ -348,7 +348,7 @@ parameters:
   optim.lr: {uniform: [1, 2], when: {loss.name: focal}}
   loss.name: {choice: [focal, ldam], when: {classifier.kind: linear}}
   classifier.kind: {choice: [linear, cosine], when: {loss.name: focal}}
-""") == ["s.yaml:3: the conditions go in a circle through classifier.kind, loss.name."]
+""") == ["s.yaml:3: the conditions go in a circle through classifier.kind, loss.name; remove one."]
     assert (
         "in a circle through loss.name"
         in mistakes("parameters: {loss.name: {choice: [focal], when: {loss.name: focal}}}")[0]
@@ -357,7 +357,8 @@ parameters:
 
 def test_conditions_on_what_nobody_sets() -> None:
     assert spec_mistakes("parameters:\n  optim.lr: {uniform: [1, 2], when: {loss.name: focal}}") == [
-        "space of sweep s: the condition of optim.lr names loss.name, which neither base nor space sets."
+        "space of sweep s: the condition of optim.lr names loss.name, which neither base nor space sets; "
+        "set it in base."
     ]
 
 

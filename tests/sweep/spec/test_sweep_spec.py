@@ -254,7 +254,8 @@ space:
     messages = refused(SweepSpec.from_tree(parse_yaml(text, "sweep.yaml")))
     assert messages == [
         "sweep.yaml:2: objective 'val/balanced' is not measured; did you mean 'val/balanced_accuracy'?",
-        "sweep.yaml:11: the condition of optim.lr names decoder.depth, which neither base nor space sets.",
+        "sweep.yaml:11: the condition of optim.lr names decoder.depth, which neither base nor space sets; "
+        "set it in base.",
         "sweep.yaml:3: stratify names 'method', which the space doesn't choose from a list; "
         "nothing can be named here, so leave it out.",
         "sweep.yaml:3: stratify names 'optim.lr', which the space doesn't choose from a list; "
