@@ -1,17 +1,20 @@
-"""The plug-ins of docs/plugins.md, each in the place that it is for."""
+"""The plug-ins of docs/extend, each in the place that it is for."""
 
 from __future__ import annotations
 
+import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from documented_plugins import documented
+from documented_plugins import PAGES, documented
 from tiny_data import tiny_config, tiny_data
 
 from imbvlm.base.plugin_files import use_plugins
 from imbvlm.base.plugins import TABLES
+from imbvlm.cli.sweep_script import parse_settings
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.loss_registry import LOSSES
 from imbvlm.config.trial_config import TrialConfig
@@ -21,14 +24,23 @@ from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.model_builder import restore_model
 from imbvlm.models.model_state import own_state_dict
 from imbvlm.sweep.spec.spec_checks import check_spec
+from imbvlm.sweep.spec.spec_overrides import with_settings
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.sweep.tune.samplers import make_sampler
 from imbvlm.training.trial_run import build_trial
 
+QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.py"
+# What a page says to add to a sweep's command, such as `--plugin losses.py --set loss.name=poly1`.
+CHOICES = [
+    choice
+    for page in PAGES
+    for choice in re.findall(r"--plugin (\w+\.py)((?: --set [\w.]+=\w+)+)", page.read_text(encoding="utf-8"))
+]
+
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All plug-ins of the page, active."""
+    """All plug-ins of the pages, active."""
     monkeypatch.chdir(tmp_path)
     names = [f"{table.lower().removeprefix('second_')}.py" for table in TABLES]
     for name in names:
@@ -96,3 +108,19 @@ def test_a_sampler_of_ones_own_proposes() -> None:
     assert type(make_sampler(spec, 0)).__name__ == "TPESampler"
     with pytest.raises(Exception, match=r"searcher.candidates must be greater than or equal to 1"):
         SweepSpec.from_tree({**tree, "searcher": {"name": "wide_tpe", "candidates": 0}})
+
+
+def test_each_page_says_how_a_sweep_chooses_its_entry() -> None:
+    # A benchmark is chosen by `manifest build`.
+    assert {name for name, _ in CHOICES} == {f"{page.stem.rpartition('-')[2]}.py" for page in PAGES} - {"benchmarks.py"}
+
+
+@pytest.mark.parametrize(("name", "options"), CHOICES)
+def test_the_options_of_a_page_choose_its_entry(
+    name: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(documented(name), encoding="utf-8")
+    settings = parse_settings(options.split(" --set ")[1:])
+    with use_plugins(name):
+        check_spec(with_settings(runpy.run_path(str(QUICKSTART))["spec"], {"plugins": [name], **settings}))
