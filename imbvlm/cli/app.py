@@ -54,9 +54,9 @@ exit codes:
 Output = StrEnum("Output", ["tokens", "pooled", "image_embedding"])
 # Outputs of another image size or crop are other outputs, which a sweep can't read.
 READ_BY = (
-    "A sweep reads these outputs where its encoder, encoder.image_size, eval.resize and features are the same, and "
-    "computes others itself; with --encoder tinylit_lite0 --set eval.resize=1.0 sweeps/quickstart.py reads "
-    "--image-size 64 and 128, and a small sweeps/paper.py 96"
+    "A sweep with the same encoder, encoder.image_size, eval.resize and features reads these outputs. Any other sweep "
+    "computes its own. sweeps/quickstart.py reads those of --encoder tinylit_lite0 --set eval.resize=1.0 with "
+    "--image-size 64 and 128, a small sweeps/paper.py those with 96."
 )
 
 
@@ -134,8 +134,8 @@ def extract_features(
         list[Output] | None,
         typer.Option(
             metavar="OUTPUT",
-            help="an output to store, of tokens, pooled and image_embedding; repeatable; by default the last two; a "
-            "decoder reads tokens",
+            help="an output to store: tokens, which a decoder reads, pooled or image_embedding; repeatable; by default "
+            "pooled and image_embedding",
         ),
     ] = None,
     settings: Annotated[
@@ -223,7 +223,9 @@ def train(
 
 
 def check_cluster(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="such as cluster/gpu.yaml or cluster/kuberay.yaml")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="a cluster's file, such as cluster/gpu.yaml or cluster/kuberay.yaml")
+    ],
 ) -> int:
     """Check a cluster's file before anything is paid for."""
     from imbvlm.cli.cluster_file_check import check_cluster_file

@@ -64,7 +64,7 @@ def compare_encoders(
         str, typer.Option(metavar="PIXELS,...", help="sizes of images to compare; by default each encoder's own")
     ] = "",
     images: Annotated[
-        int, typer.Option(metavar="N", min=10, help="limit of the sample, which has as many images of each class")
+        int, typer.Option(metavar="N", min=10, help="most images of the sample, which takes as many of each class")
     ] = 2000,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="selects the sample and its folds")] = 0,
     features: Annotated[

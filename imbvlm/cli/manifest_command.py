@@ -101,16 +101,16 @@ def build(
         str | None,
         _splits(
             metavar="COLUMN",
-            help="keep images of a group on one side of every split, such as those of a camera: the column of --table, "
-            "or the field of --inaturalist's images, that has their group",
+            help="column of --table, or field of --inaturalist's images, with the group of each image, such as its "
+            "camera; no split divides a group",
         ),
     ] = None,
     group_from: Annotated[
         str | None,
         _splits(
             metavar="REGEX",
-            help="the same by image paths: a regular expression with the group in parentheses, such as '(cam[0-9]+)/'; "
-            "or exif:serial or exif:day, which read every image",
+            help="the group of each image from its path: a regular expression with the group in parentheses, such as "
+            "'(cam[0-9]+)/'; or from the image itself: exif:serial or exif:day",
         ),
     ] = None,
     test_share: Annotated[
@@ -305,7 +305,7 @@ def check(
     ] = None,
     as_json: Json = False,
     encoder: Annotated[
-        str, typer.Option(metavar="NAME", help="encoder whose text tower must hold the class names")
+        str, typer.Option(metavar="NAME", help="encoder whose text side must have space for the class names")
     ] = "openai_vit_b16",
     split_seed: SplitSeed = 0,
 ) -> int:

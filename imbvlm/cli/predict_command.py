@@ -33,7 +33,7 @@ def predict(
         float | None,
         typer.Option(
             metavar="PRECISION",
-            help="add the name at the lowest rank of the taxonomy of whose names so large a share is right",
+            help="also name the lowest rank of the taxonomy at which this share of names is right, such as 0.95",
         ),
     ] = None,
     out: Annotated[

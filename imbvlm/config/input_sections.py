@@ -30,9 +30,12 @@ class DataConfig(Section):
         description="quarantine: leave out and list files that can't be decoded; strict: stop at the first one",
     )
     max_bad_images: int | None = Field(
-        None, ge=0, description="limit in a split, above which the run stops before training; null: max_bad_share alone"
+        None,
+        ge=0,
+        description="images of a split that can't be decoded, above which the run stops before training; "
+        "null: no such limit",
     )
-    max_bad_share: float = Field(0.5, ge=0, le=1, description="share of a split above which the run stops, too")
+    max_bad_share: float = Field(0.5, ge=0, le=1, description="the same limit as a share of the split's images")
 
 
 # Prefixes of encoder.name: a local folder, an image-only model of timm, and a repository of the Hugging Face hub.
@@ -145,7 +148,9 @@ class EvalConfig(Section):
     resize: float = Field(
         8 / 7, ge=1, le=2, description="shorter side before the center crop, as a multiple of the crop"
     )
-    interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="null: the encoder's own")
+    interpolation: Literal["bicubic", "bilinear"] | None = Field(
+        None, description="filter that resizes images; null: the encoder's own"
+    )
     jpeg_downscale: float | None = Field(
         None,
         ge=1,

@@ -109,7 +109,9 @@ class LdamConfig(LossSection):
     max_margin: float = Field(
         0.5, gt=0, description="margin of the smallest class; others have less, in proportion to n^-1/4 for n images"
     )
-    margin_scale: float | None = Field(None, gt=0, description="null: the scale of the classifier's logits")
+    margin_scale: float | None = Field(
+        None, gt=0, description="factor on the margins; null: the scale of the classifier's logits"
+    )
     reweight_from: float | None = Field(
         None,
         ge=0,

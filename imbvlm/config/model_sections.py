@@ -56,9 +56,11 @@ class DecoderConfig(Section):
     mlp_ratio: float = Field(0.5, gt=0, description="hidden width of each block's MLP, as a multiple of its width")
     width: int | None = Field(None, ge=1, description="narrower width after a linear projection; null: the encoder's")
     input_norm: Literal["layer_norm", "none"] = Field(
-        "layer_norm", description="layer_norm: initialized from the encoder's final norm"
+        "layer_norm", description="normalization of the tokens; layer_norm: initialized from the encoder's final norm"
     )
-    init: Literal["random", "identity"] = Field("random", description="identity: blocks add nothing at first")
+    init: Literal["random", "identity"] = Field(
+        "random", description="initial weights of the blocks; identity: they add nothing at first"
+    )
 
     @field_validator("width")
     @classmethod
@@ -101,7 +103,9 @@ class PrototypeCacheConfig(Section):
     """Affinities to the prototypes of each class."""
 
     num_prototypes: int = Field(16, ge=1, le=16, description="limit of prototypes of a class")
-    sharpness: float = Field(5.5, gt=0, description="larger: only the nearest prototypes count")
+    sharpness: float = Field(
+        5.5, gt=0, description="how fast affinity falls with distance; larger: only the nearest prototypes count"
+    )
     scale: float = Field(20.0, gt=0, description="factor on affinities, which are between 0 and 1")
 
 
@@ -130,7 +134,7 @@ class CosineClassifierConfig(Section):
     """Cosine similarity divided by a temperature."""
 
     kind: Literal["cosine"] = "cosine"
-    temperature: float = Field(0.04, gt=0, description="0.04 is LIFT's scale of 25")
+    temperature: float = Field(0.04, gt=0, description="divides cosine similarities; 0.04 is LIFT's scale of 25")
     init: ClassifierInit = "random"
 
     @property

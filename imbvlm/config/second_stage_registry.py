@@ -46,7 +46,11 @@ class LearnableWeightScalingConfig(TrainedStage):
 class TauNormalizationConfig(StageSection):
     name: Literal["tau_normalization"] = "tau_normalization"
     tau: float | None = Field(
-        None, ge=0, le=1, description="0 keeps the weights, 1 gives them length 1; null: selected on validation"
+        None,
+        ge=0,
+        le=1,
+        description="power of their length by which weights are divided: 0 keeps them, 1 gives them length 1; "
+        "null: selected on validation",
     )
 
 

@@ -16,9 +16,14 @@ class MixingConfig(Section):
     mixup: float = Field(
         0.0,
         ge=0,
-        description="alpha of Beta(alpha, alpha), the distribution of an image's own share; 0: off",
+        description="alpha of Beta(alpha, alpha), the distribution of an image's own share in a mean of two; 0: off",
     )
-    cutmix: float = Field(0.0, ge=0, description="the same, for a rectangle of another image pasted in; 0: off")
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        description="alpha of Beta(alpha, alpha), the area that stays where a rectangle of another image is pasted in; "
+        "0: off",
+    )
 
     @property
     def is_on(self) -> bool:
@@ -59,8 +64,8 @@ class _OptimBase(Section):
     )
     lr_schedule: Literal["cosine", "half_cosine", "epoch_half_cosine", "constant"] = Field(
         "cosine",
-        description="cosine: rate x cos(pi x cycles x progress); half_cosine: rate x (1 + cos(pi x progress)) / 2; "
-        "epoch_half_cosine: the same, updated at the start of each epoch as in LIFT",
+        description="how the rate falls from lr; cosine: rate x cos(pi x cycles x progress); half_cosine: "
+        "rate x (1 + cos(pi x progress)) / 2; epoch_half_cosine: the same, updated as each epoch starts, as in LIFT",
     )
     cosine_cycles: float = Field(0.5, gt=0, le=0.5, description="cycles of lr_schedule cosine; the study has 7/16")
     first_epoch_lr: float | None = Field(
@@ -114,7 +119,11 @@ OptimConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
 class TrainConfig(Section):
     """Length, in either epochs or steps, and how each step computes."""
 
-    num_epochs: int | None = Field(None, ge=1, description="passes over the epoch plan; 10 if num_steps is null too")
+    num_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="passes over the training images, as class sampling deals them; 10 if num_steps is null too",
+    )
     num_steps: int | None = Field(None, ge=1, description="optimizer steps, the study's unit")
     batch_size: int = Field(256, ge=1, description="images per step, over all workers of the trial")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -126,7 +135,7 @@ class TrainConfig(Section):
     num_threads: int | None = Field(
         None, ge=1, le=MAX_THREADS, description="CPU threads, which change rounding; null: the process's own"
     )
-    seed: Seed = Field(0, description="seed of the initial weights and the epoch plan")
+    seed: Seed = Field(0, description="seed of the initial weights and of the order of images")
 
     @field_validator("num_steps")
     @classmethod
@@ -141,7 +150,8 @@ class AugmentationConfig(Section):
 
     crop: Literal["random_resized", "growing"] = Field(
         "random_resized",
-        description="growing: LIFT+'s square, whose minimum share of the image grows to 1 over training",
+        description="random_resized: crops of any shape; "
+        "growing: LIFT+'s square, whose minimum share of the image grows to 1",
     )
     min_scale: float = Field(0.08, gt=0, le=1, description="minimum share of the image's area in a crop")
     flip: bool = Field(True, description="flip half of the crops horizontally")

@@ -249,9 +249,9 @@ def _describe_blend(selection: Selection) -> str:
         f"{decision.gain:+.3f} ± {decision.standard_error:.3f} over {pluralize(decision.num_passes, 'pass')}"
         for decision in selection.decisions
     )
-    gain = f"log-likelihood on images that chose neither {gains}"
+    gain = f"gain in log-likelihood on images that selected neither it nor the single model: {gains}"
     if not selection.members:
-        return f"no blend, since it doesn't gain: {gain}"
+        return f"no blend, since none is better: {gain}"
     members = ", ".join(f"{member.name} {member.weight:.2f}" for member in selection.members)
     return f"delivered is a blend of {members}; {gain}"
 

@@ -187,7 +187,8 @@ def test_trials_that_err_apart_are_delivered_as_a_blend(log: TrialLog, spec: Swe
     assert {refit.record.trial_id for refit in refits(again, spec)} == {"t00000", "t00001", "t00002"}
     text = describe_selection(selection, again, spec, has_test=True)
     assert re.search(
-        r"delivered is a blend of t0000\d 0\.\d\d, .*; log-likelihood on images that chose neither \+", text
+        r"delivered is a blend of t0000\d 0\.\d\d, .*; gain in log-likelihood on images that selected neither .*: \+",
+        text,
     )
     alone = selected(log, sweep_spec(blend=None))
     assert (alone.members, alone.decisions) == ((), ())
@@ -200,7 +201,9 @@ def test_where_nothing_is_gained_the_winner_is_delivered_alone(log: TrialLog, sp
     add(log, "t00001", 0.8, 7 * logits(0, 1.0))
     selection = selected(log, spec)
     assert selection.members == ()
-    assert "no blend, since it doesn't gain: log-likelihood" in describe_selection(selection, log, spec, has_test=True)
+    assert "no blend, since none is better: gain in log-likelihood" in describe_selection(
+        selection, log, spec, has_test=True
+    )
     write_selection(log.folder, selection)
     assert read_selection(log.folder) == selection
     again = TrialLog.read(log.folder)
