@@ -104,7 +104,7 @@ def test_an_error_says_that_the_file_is_a_tree_and_what_it_is_written_in(tmp_pat
     with pytest.raises(ManifestError, match=r"wrong with the tree .*tree.csv:\n  it is in UTF-16.* save it as UTF-8"):
         read_taxonomy(str(path), CLASSES)
     again = pickle.loads(pickle.dumps(ManifestError("t.csv", ["it is empty"], "tree")))
-    assert str(again) == "1 thing is wrong with the tree t.csv:\n  it is empty"
+    assert str(again) == "1 thing is wrong with the tree t.csv:\n  it is empty."
 
 
 def test_a_name_in_many_places_has_a_short_sentence(tmp_path: Path) -> None:

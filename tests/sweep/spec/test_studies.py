@@ -149,7 +149,7 @@ def listed(configurations: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (listed({"A b": {}}), "lower-case letters, digits and hyphens, and not 'A b'"),
+        (listed({"A b": {}}), "lower-case letters, digits and hyphens, got 'A b'"),
         (listed({"a": {"optim.lrr": 1}}), "a: 'optim.lrr' is no key of a trial; did you mean 'optim.lr'?"),
         (listed({"a": {"optim.lr": -1}}), "a: optim.lr must be greater than 0"),
         (listed({"a": {"train.seed": 1}}), "can't be searched: the best seed is luck"),
