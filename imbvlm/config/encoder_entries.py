@@ -27,8 +27,8 @@ _IMAGENET_TAG = re.compile(r"in(1k|12k|21k|22k)|lvd(142m|1689m)|imagenet")
 class EncoderEntry:
     """An encoder with a short name: its library, and there an architecture and the tag of its weights.
 
-    `model` names a repository of the hub behind HF_HUB, or a folder of the package, where `tag` is None. `seen` has the
-    part of the pretraining that contains images of a benchmark, by the benchmark.
+    Where `tag` is None, `model` names a repository of the hub behind HF_HUB, a folder behind LOCAL_DIR, or one of the
+    package. `seen` has the part of the pretraining that contains images of a benchmark, by the benchmark.
     """
 
     model: str

@@ -11,6 +11,7 @@ import pytest
 import torch
 from documented_plugins import PAGES, documented
 from tiny_data import tiny_config, tiny_data
+from towers import write_image_only
 
 from imbvlm.base.plugin_files import use_plugins
 from imbvlm.base.plugins import TABLES
@@ -124,3 +125,15 @@ def test_the_options_of_a_page_choose_its_entry(
     settings = parse_settings(options.split(" --set ")[1:])
     with use_plugins(name):
         check_spec(with_settings(runpy.run_path(str(QUICKSTART))["spec"], {"plugins": [name], **settings}))
+
+
+def test_a_short_name_stands_for_a_folder_of_ones_own(tmp_path: Path) -> None:
+    folder = write_image_only(tmp_path / "vit", "test_vit")
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from imbvlm.config.encoder_entries import EncoderEntry\n"
+        f"ENCODERS = {{'mine': EncoderEntry({folder!r}, None, 'mine')}}\n"
+    )
+    with use_plugins(str(plugin)):
+        source = resolve_encoder(EncoderConfig(name="mine"))
+    assert (source.name, source.loader, source.model) == ("mine", "timm", "test_vit")

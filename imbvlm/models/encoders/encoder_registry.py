@@ -38,7 +38,7 @@ def resolve_encoder(config: EncoderConfig) -> EncoderSource:
     """
     entry = ENCODERS.get(config.name)
     name = absolute_encoder_name(config.name if entry is None else entry.name)
-    if entry is not None and entry.tag is None and not name.startswith(HF_HUB):
+    if entry is not None and entry.tag is None and not name.startswith((HF_HUB, LOCAL_DIR)):
         return folder_source(config, str(encoder_path(entry.model)))
     if name.startswith(LOCAL_DIR):
         folder = Path(name.removeprefix(LOCAL_DIR))
