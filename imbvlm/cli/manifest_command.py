@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -15,6 +15,10 @@ from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.cli.options import Json, ManifestPath
 from imbvlm.data.sources.benchmark_registry import BENCHMARKS
+
+if TYPE_CHECKING:
+    from imbvlm.data.manifest import Manifest
+    from imbvlm.features.near_duplicates import NearDuplicates
 
 # Names of RANKS, NAMES and SHAPES, which a test compares: importing those costs half a second.
 Rank = Literal["species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory"]
@@ -305,8 +309,20 @@ def check(
     ] = None,
     as_json: Json = False,
     encoder: Annotated[
-        str, typer.Option(metavar="NAME", help="encoder whose text side must have space for the class names")
-    ] = "openai_vit_b16",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="name near-duplicates by this encoder's features, and class names that are too long for its text "
+            "tower; without one, those too long for openai_vit_b16",
+        ),
+    ] = None,
+    features: Annotated[
+        str, typer.Option(metavar="FOLDER", help="folder or s3:// URI for the features of --encoder")
+    ] = "runs/features",
+    write_groups: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="write the manifest with chains of near-duplicates as groups"),
+    ] = None,
     split_seed: SplitSeed = 0,
 ) -> int:
     """Print a manifest's errors, oddities and a verdict. An error gives exit code 1."""
@@ -321,17 +337,47 @@ def check(
         from imbvlm.models.encoders.open_clip_text import OpenClipTokenizer
         from imbvlm.models.encoders.text_prompts import truncated_names
 
-        config = EncoderConfig(name=encoder)
+        config = EncoderConfig(name=encoder or "openai_vit_b16")
         return truncated_names(OpenClipTokenizer(resolve_encoder(config)), names, ["{}"]) if has_text(config) else ()
 
     storage.check_location(output or "")
-    report = check_manifest(Manifest.read(manifest), decode_all=decode, split_seed=split_seed, truncated=truncated)
+    storage.check_location(write_groups or "")
+    if write_groups and encoder is None:
+        raise ImbvlmError("--write-groups needs --encoder, by whose features near-duplicates are found. Name one.")
+    images = Manifest.read(manifest)
+    report = check_manifest(images, decode_all=decode, split_seed=split_seed, truncated=truncated)
+    if encoder is not None:
+        duplicates = _near_duplicates(images, manifest, encoder, features, split_seed, is_quiet=as_json)
+        report = report.with_findings(duplicates.findings(images))
+        if write_groups:
+            duplicates.grouped(images).write(write_groups)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report)
     if output:
         storage.write_bytes(output, report.to_csv().encode("utf-8", "surrogateescape"))
         if not as_json:
             print(f"all of them by name in {output}")
+    if write_groups and not as_json:
+        print(f"the manifest with near-duplicates as groups is {write_groups}")
     return 0 if report.ok else 1
+
+
+def _near_duplicates(
+    manifest: Manifest, location: str, encoder: str, features: str, seed: int, *, is_quiet: bool
+) -> NearDuplicates:
+    # Imported here, since the import costs seconds.
+    from imbvlm.base import storage
+    from imbvlm.base.console import Console
+    from imbvlm.features.near_duplicates import find_near_duplicates
+
+    storage.check_folder(features)
+    console, log = Console(), None
+    if storage.is_local(features):
+        log = storage.local_path(features) / "near-duplicates.log"
+    with console.redirect_output(log):
+        return find_near_duplicates(
+            manifest, location, encoder, features, seed=seed,
+            report=lambda text: None if is_quiet else console.update_live(text),
+        )  # fmt: skip
 
 
 def _stem(path: str) -> str:

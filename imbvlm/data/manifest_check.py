@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -57,6 +57,11 @@ class CheckReport:
     """Findings, errors first."""
 
     findings: tuple[Finding, ...]
+
+    def with_findings(self, more: Iterable[Finding]) -> CheckReport:
+        """The report with further findings."""
+        order = ("error", "warning", "note")
+        return CheckReport(tuple(sorted([*self.findings, *more], key=lambda finding: order.index(finding.severity))))
 
     @property
     def verdict(self) -> str:
@@ -113,8 +118,7 @@ def check_manifest(
         *(_undecodable(manifest) if decode_all else ()),
         *(Finding("note", note) for note in manifest.notes),
     ]
-    order = ("error", "warning", "note")
-    return CheckReport(tuple(sorted(findings, key=lambda finding: order.index(finding.severity))))
+    return CheckReport(()).with_findings(findings)
 
 
 def _missing_files(manifest: Manifest) -> Iterator[Finding]:
