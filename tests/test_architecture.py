@@ -27,6 +27,7 @@ FOLDERS = [
     "base",
     "config",
     "longtail",
+    "longtail.decisions",
     "assets",
     "data.files",
     "data.images",

@@ -36,6 +36,27 @@ def predict(
             help="also name the lowest rank of the taxonomy at which this share of names is right, such as 0.95",
         ),
     ] = None,
+    accept: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="add a decision: `accept` where so large a share of a class's predictions is right, else `review`",
+        ),
+    ] = None,
+    sets: Annotated[
+        float | None,
+        typer.Option(
+            metavar="COVERAGE", help="add the set of classes among which so large a share of images has its own"
+        ),
+    ] = None,
+    prevalence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="training|even|FILE",
+            help="how classes come in the images, for --accept and --sets: as in training, evenly, or by a CSV file of "
+            "class and share; by default as in validation",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -57,20 +78,24 @@ def predict(
     from imbvlm.inference.batch_prediction import (
         MIN_RAY_IMAGES,
         PredictionOptions,
+        check_options,
         find_images,
-        limited_top,
         predictions,
     )
+    from imbvlm.inference.calibration_file import read_prevalence
     from imbvlm.inference.possible_classes import read_possible
     from imbvlm.inference.prediction_files import check_out, write_json_lines, write_lines, write_predictions
 
     storage.check_location(model)
     if out:
         check_out(out)
-    options = PredictionOptions(read_possible(only) if only else (), roll_up)
+    possible, shares = read_possible(only) if only else (), read_prevalence(prevalence) if prevalence else None
+    options = PredictionOptions(possible, roll_up, accept, sets, shares)
     images = find_images(locations, split)
     use_ray = ray if ray is not None else len(images) >= MIN_RAY_IMAGES
-    num_top, num_bad = limited_top(model, top, options), 0
+    (num_top, notes), num_bad = check_options(model, top, options), 0
+    for note in notes:
+        print_to_stderr(note)
 
     def counted() -> Iterator[Prediction]:
         nonlocal num_bad

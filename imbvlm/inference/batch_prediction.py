@@ -16,9 +16,10 @@ from imbvlm.data.image_stream import read_images
 from imbvlm.data.images.decoding import Pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.data.manifest import EMBEDDED, Manifest
+from imbvlm.inference.calibration_file import ModelCalibration, Prevalence, decide_for
 from imbvlm.inference.model_folder import load, model_folder, read_description, read_record
 from imbvlm.inference.possible_classes import possible_labels
-from imbvlm.inference.predictor import Model, Prediction, crops_of_file
+from imbvlm.inference.predictor import DECIDES_AMONG_ALL, Model, Prediction, crops_of_file
 from imbvlm.inference.taxonomy_file import ModelTaxonomy, learn_for
 
 # With fewer images the start of Ray Data's processes takes longer than it saves.
@@ -45,21 +46,32 @@ class Images:
 class PredictionOptions:
     """The options of a prediction: `only` has the names of possible classes, by default all.
 
-    `roll_up` is the precision of names at ranks of the taxonomy, None without them.
+    `roll_up` is the precision of names at ranks of the taxonomy, `accept` that of accepted predictions, and `sets` the
+    coverage of sets, each None without them. `prevalence` is that of the images to predict, None as in validation.
     """
 
     only: tuple[str, ...] = ()
     roll_up: float | None = None
+    accept: float | None = None
+    sets: float | None = None
+    prevalence: Prevalence | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether a decision, a set or both are asked for."""
+        return (self.accept, self.sets, self.prevalence) != (None, None, None)
 
     def applied_to(self, model: Model) -> Model:
-        """The model as asked for; raises ImbvlmError as `limited_to` and `rolling_up` do."""
+        """The model as asked for; raises ImbvlmError as `limited_to`, `rolling_up` and `deciding` do."""
         model = model.limited_to(self.only) if self.only else model
-        return model if self.roll_up is None else model.rolling_up(self.roll_up)
+        model = model if self.roll_up is None else model.rolling_up(self.roll_up)
+        return model.deciding(self.accept, self.sets, self.prevalence) if self.decides else model
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that predictions have beside their classes."""
-        return () if self.roll_up is None else ("roll_up", "roll_up_rank")
+        asked = {("decision",): self.accept, ("set",): self.sets, ("roll_up", "roll_up_rank"): self.roll_up}
+        return tuple(name for names, value in asked.items() if value is not None for name in names)
 
 
 PLAIN = PredictionOptions()
@@ -247,15 +259,20 @@ def _in_ray(
                 written += BLOCK_SIZE
 
 
-def limited_top(folder: str, top: int, options: PredictionOptions = PLAIN) -> int:
-    """`top`, limited to the number of possible classes, so that a table has no empty columns.
+def check_options(folder: str, top: int, options: PredictionOptions = PLAIN) -> tuple[int, Sequence[str]]:
+    """`top`, limited to the number of possible classes, and sentences on what is promised, before any image is read.
 
-    Raises ImbvlmError for names that are none of the model's, and for a roll-up that it can't promise.
+    A table thus has no empty columns. Raises ImbvlmError as `PredictionOptions.applied_to` does.
     """
-    location = model_folder(folder)
+    location, notes = model_folder(folder), tuple[str, ...]()
     names = read_description(location).get("class_names")
     if not isinstance(names, list) or not names:
-        return top
+        return top, ()
     if options.roll_up is not None:
         learn_for(ModelTaxonomy.read(location, names), options.roll_up)
-    return min(top, len(possible_labels(options.only or names, names)))
+    if options.decides:
+        if options.only:
+            raise ImbvlmError(DECIDES_AMONG_ALL)
+        calibration = ModelCalibration.read(location, names)
+        notes = decide_for(calibration, options.accept, options.sets, options.prevalence).notes
+    return min(top, len(possible_labels(options.only or names, names))), notes

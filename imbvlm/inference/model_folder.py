@@ -18,6 +18,7 @@ from imbvlm.base.plugin_files import read_digests, require_plugins, use_plugins
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.inference.blend_folder import load_blend
+from imbvlm.inference.calibration_file import ModelCalibration
 from imbvlm.inference.model_parts import (
     CONFIG_FILE,
     EXPORT_AGAIN,
@@ -93,7 +94,8 @@ def load(folder: str | Path, device: str | torch.device | None = None, *, plugin
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         read = load_blend if description["format"] == BLEND_FORMAT else _load
         model = read(local, location, description, device)
-    return model.with_taxonomy(ModelTaxonomy.read(location, model.class_names))
+    names = model.class_names
+    return model.completed(ModelTaxonomy.read(location, names), ModelCalibration.read(location, names))
 
 
 def model_folder(folder: str) -> str:

@@ -17,6 +17,8 @@ from imbvlm.base.errors import ImbvlmError, printable
 from imbvlm.inference.predictor import Prediction
 
 OUT_SUFFIXES = (".csv", ".parquet", ".jsonl")
+# Between the classes of a set in a CSV file.
+SEPARATOR = "; "
 _ROW_GROUP = 16_384
 
 
@@ -30,7 +32,7 @@ def check_out(out: str) -> None:
 def write_predictions(predictions: Iterable[Prediction], out: str, top: int, decided: Sequence[str] = ()) -> None:
     """Write a row per image as CSV, Parquet or JSON lines, whole or not at all; `out` is a path or s3:// URI.
 
-    `decided` are further columns that predictions have, those of a roll-up.
+    `decided` are further columns that predictions have, those of decisions, sets and roll-ups.
     """
     check_out(out)
     with TemporaryDirectory() as temporary:
@@ -46,21 +48,24 @@ def write_predictions(predictions: Iterable[Prediction], out: str, top: int, dec
 def write_csv(predictions: Iterable[Prediction], stream: TextIO, top: int, decided: Sequence[str] = ()) -> None:
     """Write image, class_1, probability_1, ..., error; an apostrophe precedes texts that a spreadsheet would run.
 
-    Between them are the columns `decided`.
+    Between them are the columns `decided`; the names of a set are joined by SEPARATOR.
     """
     stream.write(csv_line(parquet_schema(top, decided).names))
     for prediction in predictions:
         cells = [cell for name, value in prediction.ranked for cell in (escape_cell(name), f"{value:.6f}")]
         blank = [""] * (2 * top - len(cells))
-        of_rules = [escape_cell(value or "") for value in _decided(prediction, decided).values()]
+        values = _decided(prediction, decided).values()
+        of_rules = [escape_cell(value if isinstance(value, str) else SEPARATOR.join(value or ())) for value in values]
         error = escape_cell(prediction.error or "")
         stream.write(csv_line([escape_cell(prediction.source), *cells, *blank, *of_rules, error]))
 
 
-def _decided(prediction: Prediction, decided: Sequence[str]) -> dict[str, str | None]:
+def _decided(prediction: Prediction, decided: Sequence[str]) -> dict[str, str | tuple[str, ...] | None]:
     rolled_up = prediction.roll_up
     named = (None, None) if rolled_up is None else (rolled_up.taxon, rolled_up.rank)
-    values = dict(zip(("roll_up", "roll_up_rank"), named, strict=True))
+    values = {
+        "roll_up": named[0], "roll_up_rank": named[1], "decision": prediction.decision, "set": prediction.class_set
+    }  # fmt: skip
     return {name: values[name] for name in decided}
 
 
@@ -78,7 +83,7 @@ def parquet_schema(top: int, decided: Sequence[str] = ()) -> pa.Schema:
     fields = [("image", pa.string())]
     for rank in range(1, top + 1):
         fields += [(f"class_{rank}", pa.string()), (f"probability_{rank}", pa.float32())]
-    fields += [(name, pa.string()) for name in decided]
+    fields += [(name, pa.list_(pa.string()) if name == "set" else pa.string()) for name in decided]
     return pa.schema([*fields, ("error", pa.string())])
 
 
@@ -102,6 +107,9 @@ def write_lines(predictions: Iterable[Prediction], stream: TextIO, top: int, dec
     for prediction in predictions:
         text = prediction.error or ", ".join(f"{name} {100 * value:.1f}%" for name, value in prediction.ranked)
         rolled_up = prediction.roll_up
-        if decided and prediction.error is None:
-            text += " -> no name" if rolled_up is None else f" -> {rolled_up.rank} {rolled_up.taxon}"
+        if prediction.error is None:
+            text += f" -> {prediction.decision}" if prediction.decision else ""
+            text += f" -> {{{SEPARATOR.join(prediction.class_set)}}}" if prediction.class_set else ""
+            named = "no name" if rolled_up is None else f"{rolled_up.rank} {rolled_up.taxon}"
+            text += f" -> {named}" if "roll_up" in decided else ""
         stream.write(f"{printable(f'{prediction.source}: {text}')}\n")

@@ -25,6 +25,7 @@ from imbvlm.data.images.decode_budget import DecodeBudget
 from imbvlm.data.images.decoding import ImageError, Pixels, decode_picture, picture_pixels
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.features.store_layout import Precision
+from imbvlm.inference.calibration_file import Decided, Decisions, ModelCalibration, Prevalence, decide_for
 from imbvlm.inference.possible_classes import possible_labels
 from imbvlm.inference.taxonomy_file import ModelTaxonomy, RolledUp, learn_for
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
@@ -36,6 +37,10 @@ from imbvlm.training.checkpoint import read_tensors, write_tensors
 
 ZERO_SHOT_FILE = "zero_shot.safetensors"
 BATCH_SIZE = 64
+DECIDES_AMONG_ALL = (
+    "what to accept and sets are promised for all classes of a model, so that it can't be limited to some. Leave out "
+    "either the decisions or the limit."
+)
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
 _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or an H x W x 3 array of uint8"
 
@@ -44,7 +49,8 @@ _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or 
 class Prediction:
     """The most probable classes of one image, the best first; `error` is the reason if there are none.
 
-    `roll_up` is the name at the lowest rank that is sure enough, of a model that rolls up.
+    `roll_up` is the name at the lowest rank that is sure enough, of a model that rolls up. Of a model that decides,
+    `decision` is `accept` or `review`, and `class_set` has the names of the set, the most probable first.
     """
 
     source: str
@@ -53,6 +59,8 @@ class Prediction:
     probabilities: tuple[float, ...] = ()
     error: str | None = None
     roll_up: RolledUp | None = None
+    decision: str | None = None
+    class_set: tuple[str, ...] | None = None
 
     @property
     def ranked(self) -> list[tuple[str, float]]:
@@ -174,16 +182,18 @@ class Model:
         self._is_possible = torch.ones(len(class_names), dtype=torch.bool, device=device)
         self._tree: ModelTaxonomy | None = None
         self._roll_up: RollUp | None = None
+        self._calibration: ModelCalibration | None = None
+        self._decisions: Decisions | None = None
 
     @property
     def taxonomy(self) -> Taxonomy | None:
         """The tree over the classes; None without one."""
         return None if self._tree is None else self._tree.taxonomy
 
-    def with_taxonomy(self, tree: ModelTaxonomy | None) -> Model:
-        """The same model with a tree over its classes."""
+    def completed(self, tree: ModelTaxonomy | None, calibration: ModelCalibration | None) -> Model:
+        """The same model with a tree over its classes, and scores to decide by."""
         model = copy.copy(self)
-        model._tree = tree
+        model._tree, model._calibration = tree, calibration
         return model
 
     def rolling_up(self, precision: float) -> Model:
@@ -196,11 +206,29 @@ class Model:
         model._roll_up = learn_for(self._tree, precision)
         return model
 
+    def deciding(
+        self, accept: float | None = None, sets: float | None = None, prevalence: Prevalence | None = None
+    ) -> Model:
+        """The same model, whose predictions also have a decision, a set of classes, or both.
+
+        Of the predictions of a class that it accepts, at least a share `accept` is right, as validation images show at
+        95 %; the others are for review. Sets have a share `sets` of images' classes among them. `prevalence` says how
+        classes come in the images to predict: `training`, `even`, or shares by class name; by default as in validation.
+        Raises ImbvlmError for a model without such scores, with the reason, and for a limited one.
+        """
+        if self.num_possible < len(self.class_names):
+            raise ImbvlmError(DECIDES_AMONG_ALL)
+        model = copy.copy(self)
+        model._decisions = decide_for(self._calibration, accept, sets, prevalence)
+        return model
+
     def limited_to(self, class_names: Iterable[str]) -> Model:
         """The same model for images of these classes alone, such as a region's species: others have probability 0.
 
-        Raises ImbvlmError for unknown names, with the nearest, and without any name.
+        Raises ImbvlmError for unknown names, with the nearest, without any name, and for a model that decides.
         """
+        if self._decisions is not None:
+            raise ImbvlmError(DECIDES_AMONG_ALL)
         names = [class_names] if isinstance(class_names, str) else [*map(str, class_names)]
         labels = possible_labels(names, self.class_names)
         model = copy.copy(self)
@@ -301,18 +329,26 @@ class Model:
         rolled_up: Sequence[RolledUp | None] = [None] * len(probabilities)
         if self._tree is not None and self._roll_up is not None:
             rolled_up = self._tree.rolled_up(self._roll_up, probabilities.double().numpy())
-        rows = iter(zip(labels.tolist(), values.tolist(), rolled_up, strict=True))
+        decided: Sequence[Decided] = [(None, None)] * len(probabilities)
+        if self._decisions is not None:
+            decided = self._decisions.decided(labels[:, 0].numpy(), probabilities.double().numpy())
+        rows = iter(zip(labels.tolist(), values.tolist(), rolled_up, decided, strict=True))
         return [
             self._prediction(source, *next(rows)) if reason is None else Prediction(source, error=reason)
             for source, reason in zip(sources, reasons, strict=True)
         ]
 
     def _prediction(
-        self, source: str, labels: Sequence[int], probabilities: Sequence[float], rolled_up: RolledUp | None
+        self,
+        source: str,
+        labels: Sequence[int],
+        probabilities: Sequence[float],
+        rolled_up: RolledUp | None,
+        decided: Decided,
     ) -> Prediction:
         """Labels with their names."""
         names = tuple(self.class_names[label] for label in labels)
-        return Prediction(source, names, tuple(labels), tuple(probabilities), roll_up=rolled_up)
+        return Prediction(source, names, tuple(labels), tuple(probabilities), None, rolled_up, *decided)
 
 
 def crops_of(preprocess: Preprocess, image: Pixels | Image.Image) -> Pixels:

@@ -104,7 +104,7 @@ def learn_roll_up(taxonomy: Taxonomy, scores: RankScores, precision: float) -> R
     for rank in reversed(range(len(thresholds))):
         values = scores.probabilities[:, rank]
         if taxonomy.codes[rank].any():
-            thresholds[rank] = _lowest_threshold(values[rest], scores.is_right[rest, rank], precision)
+            thresholds[rank] = lowest_threshold(values[rest], scores.is_right[rest, rank], precision)
         rest &= values <= thresholds[rank]
     if min(thresholds) == math.inf:
         needed = rows_needed(precision)
@@ -115,7 +115,7 @@ def learn_roll_up(taxonomy: Taxonomy, scores: RankScores, precision: float) -> R
     return RollUp(precision, tuple(thresholds))
 
 
-def _lowest_threshold(values: Floats, is_right: npt.NDArray[np.bool_], precision: float) -> float:
+def lowest_threshold(values: Floats, is_right: npt.NDArray[np.bool_], precision: float) -> float:
     """The lowest tested threshold above which a share of rows (N,) is right; infinite for none.
 
     The threshold of k rows is the value of the next one, which it leaves out: the k rows are then a sample of all that
@@ -126,7 +126,7 @@ def _lowest_threshold(values: Floats, is_right: npt.NDArray[np.bool_], precision
         return threshold
     order = np.argsort(-values, kind="stable")
     ranked, num_right = np.append(values[order], -math.inf), np.cumsum(is_right[order])
-    first = max(needed, math.ceil(STRICTEST_SHARE * len(values)))
+    first = strictest_count(len(values), precision)
     for count in np.unique(np.linspace(first, len(values), NUM_THRESHOLDS).round().astype(np.int64)).tolist():
         above = int(np.searchsorted(-ranked, -ranked[count], side="left"))
         # With equal values fewer rows are above, too few for any test.
@@ -136,6 +136,11 @@ def _lowest_threshold(values: Floats, is_right: npt.NDArray[np.bool_], precision
             break
         threshold = float(ranked[count])
     return threshold
+
+
+def strictest_count(num_rows: int, precision: float) -> int:
+    """The number of rows, of so many, above the strictest threshold that is tested."""
+    return min(num_rows, max(rows_needed(precision), math.ceil(STRICTEST_SHARE * num_rows)))
 
 
 def rows_needed(share: float) -> int:

@@ -24,6 +24,8 @@ from imbvlm.longtail.worker_group import WorkerGroup
 MAX_BYTES = 512 * 2**20
 # Pause between writes of a trial that improves in every epoch.
 WRITE_SECONDS = 30.0
+# The file of a refit's logits of official validation rows, in its folder.
+VAL_LOGITS_FILE = "val_logits.safetensors"
 _LOWEST = torch.finfo(torch.float16).min
 
 

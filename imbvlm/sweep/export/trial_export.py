@@ -34,7 +34,7 @@ from imbvlm.models.encoders.text_prompts import class_embeddings, class_sentence
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
 from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_adjustments
-from imbvlm.sweep.records.delivered_model import DeliveredMember, validation_rank_scores
+from imbvlm.sweep.records.delivered_model import DeliveredMember, calibrate, validation_rank_scores
 from imbvlm.sweep.records.provenance import check_class_texts, check_encoder_weights, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
@@ -67,15 +67,20 @@ def write_best(folder: str, record: TrialRecord, manifest: str) -> str:
     return uri
 
 
-def write_tree(
+def write_scores(
     folder: str,
     manifest: Manifest,
     sweep_folder: str,
     log: TrialLog,
     spec: SweepSpec,
     members: Sequence[DeliveredMember],
+    exported: Sequence[Sequence[TrialRecord]],
 ) -> None:
-    """Write the tree of a manifest, if it has one, into a model's folder, with what its members' roll-up needs."""
+    """Write what a model decides by into its folder, and the tree of its manifest, if it has one.
+
+    `exported` has the refits of each member whose mean logits it is exported as.
+    """
+    calibrate(sweep_folder, log, spec, members, manifest.class_names, exported).write(folder)
     if manifest.taxonomy is not None:
         scores = validation_rank_scores(sweep_folder, log, spec, members, manifest.taxonomy)
         ModelTaxonomy(manifest.taxonomy, manifest.class_names, scores).write(folder)
@@ -127,7 +132,7 @@ class TrialExport:
             )
         refit = Refit(self.refit_name or self.record.trial_id, self.record, config, (self.spec.refit_seeds[0],))
         member = DeliveredMember(refit, None if post_hoc is None else post_hoc.adjustment)
-        write_tree(folder, manifest, self.folder, self.log, self.spec, [member])
+        write_scores(folder, manifest, self.folder, self.log, self.spec, [member], [self.refits[:1]])
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
         card = CardContext(
             spec=self.spec,

@@ -20,13 +20,20 @@ from imbvlm.base import storage
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.inference.blend_merging import is_affine
+from imbvlm.inference.calibration_file import ModelCalibration
 from imbvlm.inference.taxonomy_file import write_rank_scores
 from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.decisions.scored_rows import ScoredRows
 from imbvlm.longtail.logits import at_least_float32
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE, PostHocAdjustment
 from imbvlm.longtail.roll_up import RankScores
 from imbvlm.longtail.taxonomy import Taxonomy
-from imbvlm.sweep.records.adjustment_selection import read_adjustment, read_validation
+from imbvlm.sweep.records.adjustment_selection import (
+    logits_file,
+    read_adjustment,
+    read_validation,
+    zero_shot_baseline,
+)
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.refit_selection import Refit, confirmed, refits
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialLog, TrialRecord
@@ -35,7 +42,14 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
 from imbvlm.training.evaluator import EvalAccumulator, EvalResult
 from imbvlm.training.per_class_results import PER_CLASS_FILE, split_results, write_per_class_results
-from imbvlm.training.test_predictions import TEST, TestPredictions, has_test_logits, read_test_logits
+from imbvlm.training.test_predictions import (
+    TEST,
+    TestPredictions,
+    has_test_logits,
+    read_test_logits,
+    write_test_logits,
+)
+from imbvlm.training.validation_logits import VAL_LOGITS_FILE, read_logits
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,23 @@ def score_delivered(
     return None
 
 
-def validation_rank_scores(
-    folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[DeliveredMember], taxonomy: Taxonomy
-) -> RankScores | str:
-    """Scores by rank of the rows that chose a model, by the models of the search, which did not train on them.
+@dataclass(frozen=True)
+class ScoredValidation:
+    """Adjusted logits (N, C) of validation rows with labels (N,) and the counts of a training.
+
+    `is_exported` says that they are of the exported weights, not of models of the search.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    stats: ClassStats
+    is_exported: bool = False
+
+
+def validation_logits(
+    folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[DeliveredMember]
+) -> ScoredValidation | str:
+    """Logits of the rows that chose a model, by the models of the search, which did not train on them.
 
     Returns the reason where there are none.
     """
@@ -127,7 +154,75 @@ def validation_rank_scores(
         logits = adjustment.apply(rows.logits, rows.class_counts, rows.zero_shot)
         total = total + member.weight / member.temperature * logits
     assert first is not None, "a model has a member"
-    return RankScores.from_logits(taxonomy, total, first.targets)
+    return ScoredValidation(total, first.targets, first.saved.stats[0])
+
+
+def validation_rank_scores(
+    folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[DeliveredMember], taxonomy: Taxonomy
+) -> RankScores | str:
+    """Scores by rank of `validation_logits`, or the reason for none."""
+    scored = validation_logits(folder, log, spec, members)
+    return scored if isinstance(scored, str) else RankScores.from_logits(taxonomy, scored.logits, scored.labels)
+
+
+def calibrate(
+    folder: str,
+    log: TrialLog,
+    spec: SweepSpec,
+    members: Sequence[DeliveredMember],
+    class_names: tuple[str, ...],
+    exported: Sequence[Sequence[TrialRecord]],
+) -> ModelCalibration:
+    """The scores by which a model decides: of official validation rows by its refits, else those of the search.
+
+    `exported` has the refits of each member whose mean logits it is exported as.
+    """
+    scored = _exported_logits(folder, log, members, exported) or validation_logits(folder, log, spec, members)
+    if isinstance(scored, str):
+        return ModelCalibration(class_names, scored)
+    rows = ScoredRows.from_logits(scored.logits, scored.labels, scored.stats)
+    return ModelCalibration(class_names, rows, scored.is_exported)
+
+
+def _exported_logits(
+    folder: str, log: TrialLog, members: Sequence[DeliveredMember], exported: Sequence[Sequence[TrialRecord]]
+) -> ScoredValidation | None:
+    """Logits of official validation rows by the exported weights; None where not all members' refits have them.
+
+    A model of five crops is exported with them, and refits score one.
+    """
+    first, total = None, torch.zeros(())
+    for member, records in zip(members, exported, strict=True):
+        adjustment = member.adjustment or PostHocAdjustment()
+        files = [storage.join(_refit_folder(folder, record), VAL_LOGITS_FILE) for record in records]
+        baseline = zero_shot_baseline(member.refit.record, log) if adjustment.alpha else None
+        files += [] if baseline is None else [logits_file(folder, baseline.trial_id)]
+        rows = [saved for saved in map(read_logits, files) if saved is not None]
+        logits = [last.float() for saved in rows if (last := saved.last()) is not None]
+        is_whole = bool(records) and len(logits) == len(records) + bool(adjustment.alpha)
+        if not is_whole or member.refit.config.eval.tte != "none":
+            return None
+        first = first or rows[0]
+        if not all(torch.equal(saved.targets, first.targets) for saved in rows):
+            return None
+        zero_shot = logits.pop() if adjustment.alpha else None
+        mean = torch.stack(logits).mean(dim=0)
+        total = total + member.weight / member.temperature * adjustment.apply(mean, rows[0].stats[0].counts, zero_shot)
+    assert first is not None, "a model has a member"
+    return ScoredValidation(total, first.targets, first.stats[0], is_exported=True)
+
+
+def exported_refits(
+    folder: str,
+    records: Sequence[TrialRecord],
+    info_of: Callable[[TrialConfig], EncoderInfo],
+    num_classes: int,
+) -> Sequence[TrialRecord]:
+    """The refits of a member whose mean logits it is exported as: all, or the first where weights have no mean."""
+    if len(records) < 2:
+        return records
+    config, tensors = records[0].trial_config(), load_model_tensors(_refit_folder(folder, records[0]))
+    return records if is_affine(config, info_of(config), num_classes, tensors) else records[:1]
 
 
 def _add(
@@ -138,13 +233,10 @@ def _add(
     info_of: Callable[[TrialConfig], EncoderInfo],
 ) -> None:
     """Add a member's logits to those of the model as exported, the first of the totals, and of each seed."""
-    folders = [_refit_folder(folder, record) for record in records]
-    logits = [at_least_float32(read_test_logits(own)) for own in folders]
-    config, num_classes = records[0].trial_config(), totals[0].shape[1]
-    is_mean = len(logits) > 1 and is_affine(config, info_of(config), num_classes, load_model_tensors(folders[0]))
-    exported = torch.stack(logits).mean(dim=0) if is_mean else logits[0]
+    logits = [at_least_float32(read_test_logits(_refit_folder(folder, record))) for record in records]
+    num_exported = len(exported_refits(folder, records, info_of, totals[0].shape[1]))
     by_seed = [logits[number % len(logits)] for number in range(len(totals) - 1)]
-    for total, own in zip(totals, (exported, *by_seed), strict=True):
+    for total, own in zip(totals, (torch.stack(logits[:num_exported]).mean(dim=0), *by_seed), strict=True):
         total += member.weight / member.temperature * own
 
 
@@ -177,6 +269,8 @@ def _save(
     )
     own_folder = _refit_folder(folder, record)
     replace(rows, predicted={TEST: result.predicted}).write(own_folder)
+    if name == DELIVERED:
+        write_test_logits(own_folder, (logits - logits.amax(dim=1, keepdim=True)).half())
     if taxonomy is not None and name == DELIVERED:
         write_rank_scores(own_folder, RankScores.from_logits(taxonomy, logits, rows.labels), {})
     results = {TEST: split_results(rows.labels.numpy(), rows.rows.numpy(), result)}

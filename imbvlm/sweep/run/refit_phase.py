@@ -6,12 +6,23 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
+from imbvlm.config.encoder_info import EncoderInfo
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.records.adjustment_selection import select_adjustments, write_post_hoc
-from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members, delivered_names, score_delivered
+from imbvlm.sweep.records.delivered_model import (
+    DeliveredMember,
+    calibrate,
+    delivered_members,
+    delivered_names,
+    exported_refits,
+    score_delivered,
+)
+from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.refit_selection import SUPERSEDED, mark_superseded, refits
 from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.sweep_folder import TEST_FILE, read_readings
@@ -23,6 +34,7 @@ from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, trial_settings
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.tune.jobs import Job
 from imbvlm.training.trial_session import TrialSettings
+from imbvlm.training.validation_logits import VAL_LOGITS_FILE
 
 
 def refit(run: SweepRun) -> None:
@@ -62,6 +74,8 @@ def refit(run: SweepRun) -> None:
     if test_features:
         _write_reading(run)
         _score_delivered(run, members)
+    if not run.num_refits_left:
+        _calibrate(run, members)
     write_results_table(run.log)
     run.budget.keep(now=True)
 
@@ -70,10 +84,22 @@ def _score_delivered(run: SweepRun, members: Sequence[DeliveredMember]) -> None:
     """Score the model that the sweep delivers, once all its refits are there."""
     if run.num_refits_left:
         return
-    reason = score_delivered(run.folder, run.log, members, lambda config: run.features[feature_key(config)].info)
+    reason = score_delivered(run.folder, run.log, members, partial(_info_of, run))
     if reason is not None:
         run.console.print(f"the delivered model isn't scored on the test split: {reason}")
     run.scored = [*run.log.of("delivered"), *run.scored]
+
+
+def _calibrate(run: SweepRun, members: Sequence[DeliveredMember]) -> None:
+    """Write the scores by which the delivered model decides."""
+    names, info_of = run.manifest.class_names, partial(_info_of, run)
+    runs = [refits_of(run.log, member.refit.name) for member in members]
+    exported = [exported_refits(run.folder, records, info_of, len(names)) for records in runs]
+    calibrate(run.folder, run.log, run.spec, members, names, exported).write(run.folder)
+
+
+def _info_of(run: SweepRun, config: TrialConfig) -> EncoderInfo:
+    return run.features[feature_key(config)].info
 
 
 def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, FeatureSet]) -> TrialSettings:
@@ -81,7 +107,7 @@ def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, Feature
     features = settings.feature_set
     if test is not None:
         features = replace(features, folders={**features.folders, **test.folders}, five_crop=test.five_crop)
-    selection = run.adjustments.get(job.name)
+    selection, folder = run.adjustments.get(job.name), storage.join(run.folder, "refits", job.trial_id)
     return replace(
         settings,
         feature_set=features,
@@ -89,7 +115,9 @@ def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, Feature
         score_test=test is not None,
         # After a resumption any refit may be a member of another blend.
         keeps_test_logits=job.name == WINNER or run.spec.blends is not None,
-        model_folder=storage.join(run.folder, "refits", job.trial_id),
+        # A refit trains on rows that were held out, and not on official validation rows, which calibrate it.
+        logits_file=storage.join(folder, VAL_LOGITS_FILE) if "val" in run.manifest.splits else None,
+        model_folder=folder,
         post_hoc=None if selection is None else selection.adjustment,
     )
 

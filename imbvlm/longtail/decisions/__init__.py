@@ -1,0 +1,1 @@
+"""Decisions by a classifier's probabilities: what to accept, sets of classes, labels that look wrong."""
