@@ -94,6 +94,7 @@ RUN_HERE = (
     "extend/losses.md",
     "guides/camera-traps.md",
     "guides/choosing.md",
+    "guides/decisions.md",
     "guides/how-many-images.md",
     "guides/own-images.md",
     "guides/models.md",

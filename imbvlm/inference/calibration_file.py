@@ -126,7 +126,7 @@ class ModelCalibration:
         if isinstance(prevalence, str):
             raise ImbvlmError(f"a prevalence is {TRAINING}, {EVEN} or shares by class, got {prevalence!r}.")
         shares = np.zeros(len(self.class_names))
-        possible_labels(prevalence, self.class_names)
+        possible_labels(prevalence, self.class_names, "classes with a share")
         for name, share in prevalence.items():
             if not 0 <= share < math.inf:
                 raise ImbvlmError(f"the share of {name!r} must be a number from 0 up, got {share!r}.")
@@ -177,7 +177,7 @@ def _describe_acceptance(acceptance: Acceptance) -> str:
     return (
         f"accept {acceptance.precision:g}: {pluralize(len(own) - pooled, 'class')} with a promise each, {pooled} with "
         f"one of their shot group, {acceptance.num_classes - len(own)} without, which are for review; each promise "
-        "holds at 95 %, so that one in 20 may be broken"
+        "holds at 95 %, so that 1 in 20 may be broken"
     )
 
 

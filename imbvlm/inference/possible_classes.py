@@ -23,8 +23,8 @@ def read_possible(path: str) -> tuple[str, ...]:
     return names
 
 
-def possible_labels(names: Collection[str], class_names: Sequence[str]) -> list[int]:
-    """The labels of possible classes in ascending order; classes of one name are all possible.
+def possible_labels(names: Collection[str], class_names: Sequence[str], noun: str = "possible classes") -> list[int]:
+    """The labels of possible classes, which errors call `noun`, in ascending order; classes of one name are all.
 
     Raises ImbvlmError with every unknown name and its nearest, and without any name.
     """
@@ -35,6 +35,6 @@ def possible_labels(names: Collection[str], class_names: Sequence[str]) -> list[
     if unknown:
         clauses = [f"{printable(name)!r}: {suggest_name(name, classes)}" for name in unknown[:MAX_SUGGESTED]]
         clauses += [repr(printable(name)) for name in unknown[MAX_SUGGESTED:]]
-        rule = "possible classes must be classes of the model, and these are none. Correct or remove them."
+        rule = f"{noun} must be classes of the model, and these are none. Correct or remove them."
         raise ImbvlmError("\n  ".join([rule, *clauses]))
     return [label for label, name in enumerate(class_names) if name in wanted]

@@ -49,8 +49,8 @@ _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or 
 class Prediction:
     """The most probable classes of one image, the best first; `error` is the reason if there are none.
 
-    `roll_up` is the name at the lowest rank that is sure enough, of a model that rolls up. Of a model that decides,
-    `decision` is `accept` or `review`, and `class_set` has the names of the set, the most probable first.
+    `roll_up` is the name at the lowest rank that is sure enough, of a model that rolls up. A model that decides gives
+    `decision`, `accept` or `review`, and the names in `class_set`, the most probable first.
     """
 
     source: str

@@ -87,5 +87,5 @@ class ScoredRows:
         weights = np.where(counts > 0, shares, 0) / np.maximum(counts, 1)
         if not weights.any():
             raise ImbvlmError("none of the classes of this prevalence has a validation image. Give another one.")
-        kept = np.random.default_rng(seed).random(len(self)) < (weights / weights.max())[self.labels]
-        return self.subset(kept)
+        stays = np.random.default_rng(seed).random(len(self)) < (weights / weights.max())[self.labels]
+        return self.subset(stays)

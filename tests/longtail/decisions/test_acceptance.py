@@ -1,4 +1,4 @@
-"""What is accepted is right as often as promised, and what can't be promised says what is missing."""
+"""Accepted predictions are right as often as promised, and a class without a promise says what is missing."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_of_many_promises_few_are_broken_and_much_is_accepted() -> None:
 def test_promises_hold_at_another_prevalence_than_that_of_the_rows() -> None:
     """Predictions of a rare class are wrong more often than on even rows: there many images of others come."""
     shares, num_given, num_broken, naive = COUNTS / COUNTS.sum(), 0, 0, 0
-    fresh = drawn(200_000, 0, shares)
-    for seed in range(1, 31):
+    fresh = drawn(100_000, 0, shares)
+    for seed in range(1, 21):
         even = drawn(3_000, seed)
         for rows in (even.at_prevalence(shares, seed=seed), even):
             for promise in filter(lambda own: own.is_given, learn_acceptance(rows, 0.9).promises):
@@ -69,9 +69,9 @@ def test_promises_hold_at_another_prevalence_than_that_of_the_rows() -> None:
                     naive += is_broken
                 else:
                     num_given, num_broken = num_given + 1, num_broken + is_broken
-    assert num_given > 50
-    assert num_broken <= 0.07 * num_given
-    assert naive > 30, "even rows alone promise too much"
+    assert num_given >= 30
+    assert num_broken <= 4
+    assert naive > 20, "even rows alone promise too much"
 
 
 def test_a_sample_at_a_prevalence_has_its_shares() -> None:
@@ -121,7 +121,9 @@ wild = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 90), st.data())
-def test_wild_logits_give_promises_that_hold_on_their_own_rows(num_classes: int, num_rows: int, data: st.DataObject):
+def test_wild_logits_give_promises_that_hold_on_their_own_rows(
+    num_classes: int, num_rows: int, data: st.DataObject
+) -> None:
     values = st.one_of(wild, st.sampled_from([0.0, 1.0, 60.0]))
     logits = np.array(data.draw(st.lists(values, min_size=num_classes, max_size=num_classes)), dtype=np.float32)
     noise = data.draw(st.sampled_from([0.0, 1.0])) * np.random.default_rng(num_rows).normal(

@@ -80,7 +80,7 @@ def test_small_classes_share_scores_divided_by_prevalence() -> None:
     shared = np.sort(probabilities / 0.1)[12 - math.ceil(13 * 0.8)]
     # The quantile of class 1 is that of all, and class 2 has none, so that its threshold is half the shared one.
     np.testing.assert_allclose(learned.lowest, [0.7 * shared / 2, 0.1 * shared, 0.2 * shared / 2])
-    sets = learned.members(np.array([[0.9, 0.05, 0.05], [0.0, 0.1, 0.9], [1 / 3, 1 / 3, 1 / 3]]))
+    sets = learned.members(np.array([[0.9, 0.05, 0.05], [0.0, 0.1, 0.9], [0.3, 0.35, 0.35]]))
     assert sets[:, 0].tolist() == [True, False, False]
     assert sets.any(axis=1).all(), "the most probable class is always in"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from imbvlm.base.yaml_file import read_yaml
 from imbvlm.cli.sweep_listing import compare_text, show_text
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.inference.calibration_file import ModelCalibration
 from imbvlm.inference.taxonomy_file import ModelTaxonomy, read_rank_scores
 from imbvlm.longtail.blending import BlendDecision, BlendMember
+from imbvlm.longtail.decisions.scored_rows import ScoredRows
 from imbvlm.longtail.metrics import per_class_accuracy
 from imbvlm.longtail.roll_up import RankScores
 from imbvlm.longtail.taxonomy import Taxonomy
@@ -42,6 +45,7 @@ from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import TestPredictions
 from imbvlm.training.trial_session import TrialSession, TrialSettings
+from imbvlm.training.validation_logits import VAL_LOGITS_FILE
 
 OBJECTIVE = "val/balanced_accuracy"
 SEEDS = [0, 1]
@@ -96,7 +100,7 @@ class MadeSweep:
                 trial_id = refit.trial_id(seed, self.log)
                 names[trial_id] = refit.name
                 if trial_id not in self.log.records:
-                    adjustment = adjustments.get(refit.name)
+                    adjustment, own_folder = adjustments.get(refit.name), storage.join(self.folder, "refits", trial_id)
                     self.run(
                         trial_id,
                         "refit",
@@ -105,7 +109,8 @@ class MadeSweep:
                         refit=True,
                         score_test=True,
                         keeps_test_logits=True,
-                        model_folder=storage.join(self.folder, "refits", trial_id),
+                        model_folder=own_folder,
+                        logits_file=storage.join(own_folder, VAL_LOGITS_FILE),
                         post_hoc=None if adjustment is None else adjustment.adjustment,
                     )
         mark_superseded(self.log, {**names, **delivered_names(delivered)})
@@ -255,6 +260,49 @@ def test_a_roll_up_of_the_export_is_learned_on_validation(blended: MadeSweep, tm
     assert on_test.is_right[:, 2].mean() == pytest.approx(
         blended.record(DELIVERED).epochs[-1]["test/balanced_accuracy"]
     )
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_an_export_decides_by_its_own_scores_of_official_validation_images(
+    blended: MadeSweep, tmp_path: Path, single: bool
+) -> None:
+    """They are the probabilities that a user gets for these images, of a blend and of a single trial."""
+    export_sweep(blended.folder, str(tmp_path / "out"), single=single)
+    model, val = imbvlm.load(tmp_path / "out", "cpu"), Manifest.read(blended.problem.manifest).split("val")
+    calibration = ModelCalibration.read(str(tmp_path / "out" / "model"), model.class_names)
+    assert calibration is not None
+    assert calibration.is_exported
+    assert isinstance(calibration.rows, ScoredRows)
+    predictions = model.predict([row.as_py() for row in val.table["bytes"]])
+    assert calibration.rows.labels.tolist() == val.labels.tolist()
+    assert calibration.rows.predicted.tolist() == [own.labels[0] for own in predictions]
+    np.testing.assert_allclose(calibration.rows.confidence, [own.probabilities[0] for own in predictions], atol=2e-3)
+    by_label = [dict(zip(own.labels, own.probabilities, strict=True)) for own in predictions]
+    expected = [own[label] for own, label in zip(by_label, val.labels.tolist(), strict=True)]
+    np.testing.assert_allclose(calibration.rows.label_probability, expected, atol=2e-3)
+    assert calibration.rows.stats.split_counts.tolist() == [30, 12, 6, 3, 0]
+    sets = model.deciding(accept=0.95, sets=0.5).predict(val.table["bytes"][0].as_py())[0]
+    assert sets.decision == "review", "15 images promise nothing at 0.95"
+    assert sets.class_set
+
+
+def test_without_logits_of_its_refits_an_export_decides_by_an_estimate(blended: MadeSweep, tmp_path: Path) -> None:
+    """As of sweeps of earlier versions: models of the search have scored the rows that chose."""
+    refits_folder = Path(blended.folder) / "refits"
+    shutil.move(refits_folder, tmp_path / "refits")
+    shutil.copytree(tmp_path / "refits", refits_folder, ignore=shutil.ignore_patterns(VAL_LOGITS_FILE))
+    try:
+        export_sweep(blended.folder, str(tmp_path / "out"))
+    finally:
+        shutil.rmtree(refits_folder)
+        shutil.move(tmp_path / "refits", refits_folder)
+    calibration = ModelCalibration.read(str(tmp_path / "out" / "model"), tuple(f"class {label}" for label in range(5)))
+    assert calibration is not None
+    assert not calibration.is_exported
+    assert isinstance(calibration.rows, ScoredRows)
+    rows = read_validation(blended.folder, blended.log.records["t00002"], blended.log, {})
+    assert rows is not None
+    assert calibration.rows.labels.tolist() == rows.targets.tolist()
 
 
 def test_the_best_single_trial_is_exported_where_it_is_asked_for(blended: MadeSweep, tmp_path: Path) -> None:

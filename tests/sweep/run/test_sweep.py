@@ -166,6 +166,12 @@ def test_export_predict_and_train_again(smoke: tuple[Path, str], home: Path) -> 
         else:
             assert line["classes"][0]["class"] in line["image"]
             assert sum(one["probability"] for one in line["classes"]) <= 1 + 1e-5
+    decided = json.loads(imbvlm("predict", "moved", str(home / "photos"), "--accept", "0.8", "--sets", "0.9", "--json",
+                                cwd=home).splitlines()[-1])  # fmt: skip
+    assert decided["decision"] in ("accept", "review")
+    assert decided["set"][0] == decided["classes"][0]["class"]
+    calibration = json.loads((home / "moved" / "model" / "calibration.json").read_text())
+    assert calibration["is_exported"], "the quickstart has official validation images"
     best = max(
         (r for r in trials(sweep).values() if r["kind"] == "search"),
         key=lambda r: max(e["val/balanced_accuracy"] for e in r["epochs"]),
