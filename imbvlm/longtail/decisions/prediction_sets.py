@@ -37,6 +37,10 @@ class PredictionSets:
         is_in[np.arange(len(is_in)), probabilities.argmax(axis=1)] = True
         return is_in
 
+    def covers(self, rows: ScoredRows) -> npt.NDArray[np.bool_]:
+        """Which rows (N,) have their label in their set."""
+        return rows.is_right | (rows.label_probability >= self.lowest[rows.labels])
+
 
 def learn_sets(rows: ScoredRows, coverage: float, shares: Floats | None = None) -> PredictionSets:
     """The thresholds of sets that have a share `coverage` of images' classes among them, for images as the rows.

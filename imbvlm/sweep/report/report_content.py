@@ -27,6 +27,7 @@ from imbvlm.sweep.report import class_plots, score_tables, search_plots, study_t
 from imbvlm.sweep.report.plotting import Figure, Table
 from imbvlm.sweep.report.report_data import PerClassResults, ReportData, ScoredRefit
 from imbvlm.sweep.report.report_statistics import importances, rungs
+from imbvlm.sweep.report.review_sheet import ReviewSheet, review_sheet
 from imbvlm.sweep.report.score_tables import ConfusedPair
 from imbvlm.sweep.report.thumbnails import read_manifest, thumbnails
 
@@ -48,8 +49,8 @@ class ReportContent:
     """Everything on the page, and the tables that are written to files only.
 
     Numbers of images are by split; a split whose number is unknown is absent. Figures and tables are by their place on
-    the page. `class_orders` has all classes in several orders. Confused pairs stand with images as data: URIs, and
-    `pairs_problem` says why some are missing; empty if none are.
+    the page. `review` has the review sheet's sentences. `class_orders` has all classes in several orders. Confused
+    pairs stand with images as data: URIs, and `pairs_problem` says why some are missing; empty if none are.
     """
 
     source: ReportData
@@ -64,6 +65,7 @@ class ReportContent:
     class_orders: Sequence[Table]
     pairs: Sequence[tuple[ConfusedPair, Sequence[str]]]
     pairs_problem: str
+    review: ReviewSheet | None
 
     @property
     def all_figures(self) -> list[Figure]:
@@ -84,6 +86,7 @@ def build(source: ReportData) -> ReportContent:
     configs = dict.fromkeys(part.trial_config().encoder for part in delivered)
     pairs = score_tables.worst_pairs(source)
     images, problems = _images(pairs, manifest)
+    sheet = review_sheet(source, manifest)
     orders, notes = score_tables.class_orders(source), encoder_notes(source.log, source.spec)
     # A study samples nothing, so there is no parameter to judge.
     ranked = [] if source.spec.study else importances(source)
@@ -115,6 +118,7 @@ def build(source: ReportData) -> ReportContent:
             score_tables.over_seeds(source),
             score_tables.best_trials(source),
         ],
+        "review": [] if sheet is None else sheet.tables,
         "class_groups": [score_tables.class_groups(source)],
         "class_changes": score_tables.class_changes(orders),
         "confused": [score_tables.confused_pairs(pairs)],
@@ -139,6 +143,7 @@ def build(source: ReportData) -> ReportContent:
         class_orders=orders,
         pairs=[*zip(pairs, images, strict=True)],
         pairs_problem=join_limited(problems, 1),
+        review=sheet,
     )
 
 

@@ -19,7 +19,7 @@ from imbvlm.base.yaml_file import read_yaml
 from imbvlm.cli.sweep_listing import compare_text, show_text
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.inference.calibration_file import ModelCalibration
+from imbvlm.inference.calibration_file import CALIBRATION_FILE, ModelCalibration
 from imbvlm.inference.taxonomy_file import ModelTaxonomy, read_rank_scores
 from imbvlm.longtail.blending import BlendDecision, BlendMember
 from imbvlm.longtail.decisions.scored_rows import ScoredRows
@@ -34,12 +34,20 @@ from imbvlm.sweep.records.adjustment_selection import (
     select_adjustments,
     write_post_hoc,
 )
-from imbvlm.sweep.records.delivered_model import delivered_members, delivered_names, score_delivered
+from imbvlm.sweep.records.delivered_model import (
+    calibrate,
+    delivered_members,
+    delivered_names,
+    exported_refits,
+    score_delivered,
+)
+from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.provenance import provenance, write_provenance
 from imbvlm.sweep.records.refit_selection import mark_superseded, refits
 from imbvlm.sweep.records.sweep_folder import SweepState
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import Selection, select_winner, write_selection
+from imbvlm.sweep.report.rendering import page
 from imbvlm.sweep.report.report_content import build
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -116,6 +124,13 @@ class MadeSweep:
         mark_superseded(self.log, {**names, **delivered_names(delivered)})
         reason = score_delivered(self.folder, self.log, delivered, lambda config: self.problem.features(config).info)
         assert reason is None
+        runs = [refits_of(self.log, member.refit.name) for member in delivered]
+        names = Manifest.read(self.problem.manifest).class_names
+        exported = [
+            exported_refits(self.folder, own, lambda config: self.problem.features(config).info, len(names))
+            for own in runs
+        ]
+        calibrate(self.folder, self.log, self.spec, delivered, names, exported).write(self.folder)
         return selection
 
     def record(self, name: str) -> TrialRecord:
@@ -284,6 +299,47 @@ def test_an_export_decides_by_its_own_scores_of_official_validation_images(
     sets = model.deciding(accept=0.95, sets=0.5).predict(val.table["bytes"][0].as_py())[0]
     assert sets.decision == "review", "15 images promise nothing at 0.95"
     assert sets.class_set
+
+
+def test_the_review_sheet_is_of_the_exported_model_on_validation_and_test(blended: MadeSweep) -> None:
+    report = build(ReportData.read(blended.folder))
+    assert report.review is not None
+    assert "nothing may be accepted without a look: at least " in report.review.sentences[0]
+    assert "come as 15 validation images, which the exported weights have scored" in report.review.sentences[-1]
+    review, sets = report.tables["review"]
+    assert sorted(row[0] for row in review.rows) == [f"class {label}" for label in range(5)]
+    assert all("more validation images needed" in row[1] for row in review.rows)
+    calibration = ModelCalibration.read(blended.folder, tuple(f"class {label}" for label in range(5)))
+    assert calibration is not None
+    assert isinstance(calibration.rows, ScoredRows)
+    wrong = np.bincount(calibration.rows.predicted[~calibration.rows.is_right], minlength=5)
+    assert [int(row[4]) for row in review.rows] == sorted(wrong.tolist(), reverse=True)
+    # The test split is scored as the model is exported: the coverage at no classes more is at least its accuracy.
+    accuracy = blended.record(DELIVERED).epochs[-1]["test/top1_accuracy"]
+    assert all(float(row[5]) >= 100 * accuracy - 0.05 for row in sets.rows if row[1] == "overall")
+    assert [row[:2] for row in sets.rows[:3]] == [
+        ["95.0", "overall"], ["95.0", "medium-shot"], ["95.0", "few-shot"]
+    ]  # fmt: skip
+    html = page(report)
+    assert '<section id="review"><h2>Review</h2>' in html
+    assert "imbvlm predict my-model PHOTOS/ --accept 0.95 --sets 0.9" in html
+
+
+def test_a_sweep_without_scores_says_so_on_its_page(blended: MadeSweep, tmp_path: Path) -> None:
+    location = Path(blended.folder) / CALIBRATION_FILE
+    content = location.read_bytes()
+    try:
+        location.unlink()
+        missing = build(ReportData.read(blended.folder)).review
+        ModelCalibration((), "its members were validated on different images").write(blended.folder)
+        without = build(ReportData.read(blended.folder)).review
+    finally:
+        location.write_bytes(content)
+    assert missing is not None
+    assert missing.sentences[0].endswith(f"imbvlm sweep resume {blended.folder}")
+    assert without is not None
+    assert without.sentences == ["There is no review sheet: its members were validated on different images."]
+    assert without.tables == ()
 
 
 def test_without_logits_of_its_refits_an_export_decides_by_an_estimate(blended: MadeSweep, tmp_path: Path) -> None:

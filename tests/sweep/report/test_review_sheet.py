@@ -1,0 +1,56 @@
+"""The sentences and the order of classes on a review sheet, which a curator reads first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from imbvlm.longtail.class_stats import ClassStats
+from imbvlm.longtail.decisions.acceptance import learn_acceptance
+from imbvlm.longtail.decisions.scored_rows import ScoredRows
+from imbvlm.sweep.report.review_sheet import _classes, _opening
+
+NAMES = ("cat", "dog", "fox", "owl")
+
+
+def made_rows(num_wrong: dict[int, int]) -> ScoredRows:
+    """100 predictions of each of the first two classes and 10 of the others, whose least probable are wrong."""
+    predicted = np.repeat(np.arange(4), [100, 100, 10, 10])
+    confidence = np.concatenate([np.linspace(0.99, 0.5, number) for number in (100, 100, 10, 10)])
+    labels = predicted.copy()
+    for label, number in num_wrong.items():
+        rows = np.flatnonzero(predicted == label)[-number:]
+        labels[rows] = (label + 1) % 4
+    stats = ClassStats.from_counts([300, 200, 9, 5])
+    return ScoredRows(labels, predicted, confidence, confidence, np.full(4, 0.25), stats)
+
+
+def test_classes_with_the_most_mistakes_left_come_first() -> None:
+    rows = made_rows({0: 3, 1: 20, 3: 4})
+    acceptance = learn_acceptance(rows, 0.95)
+    table = _classes(acceptance, rows, rows, NAMES)
+    assert [row[0] for row in table.rows] == ["dog", "owl", "cat", "fox"]
+    by_name = {row[0]: row for row in table.rows}
+    assert by_name["cat"][1] == "its own"
+    accepted = acceptance.accepts(rows.predicted, rows.confidence)
+    left = int((~accepted & (rows.predicted == 1)).sum())
+    assert by_name["dog"][3] == str(left)
+    assert float(by_name["dog"][5]) == 100 - left
+    # With 4 wrong it takes 181 images, and both have 20.
+    assert by_name["fox"][1] == "no promise, with 1 other few-shot: 161 more validation images needed"
+    assert by_name["fox"][5:7] == ["0.0", "-"]
+    assert by_name["cat"][5:7] == by_name["cat"][7:9], "validation and test are the same rows here"
+
+
+def test_the_opening_says_what_is_accepted_and_what_is_left() -> None:
+    rows = made_rows({0: 3, 1: 20, 3: 4})
+    acceptance = learn_acceptance(rows, 0.95)
+    share = float(acceptance.accepts(rows.predicted, rows.confidence).mean())
+    text = _opening(acceptance, rows, None)
+    assert f"{100 * share:.1f} % of the images may be accepted without a look, in 2 of 4 classes" in text
+    assert f"{100 - 100 * share:.1f} % are left to look at" in text
+    assert "On test images it is" in _opening(acceptance, rows, rows)
+    few = made_rows({}).subset(np.arange(220) % 4 == 0)
+    assert _opening(learn_acceptance(few, 0.95), few, None) == (
+        "So that 95 % are right, nothing may be accepted without a look: at least 9 more validation images of a class "
+        "are needed."
+    )
