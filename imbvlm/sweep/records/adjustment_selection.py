@@ -233,7 +233,7 @@ class Validation:
 
     They are rows of all folds and of official validation, at the last epoch, where `confirm_folds` has scored the
     trial. `logits` (N, C) and `zero_shot` (N, C), None without text, are of the rows of both; `class_counts` are those
-    of the training, (C,), or of each row's fold (N, C). `saved` has all rows.
+    of the training, (C,), or of each row's fold (N, C). `saved` has all rows, and `seen` says which have logits.
     """
 
     saved: SavedValLogits
@@ -241,6 +241,7 @@ class Validation:
     targets: Tensor
     class_counts: Tensor
     zero_shot: Tensor | None
+    seen: Tensor
 
     @property
     def is_whole(self) -> bool:
@@ -271,7 +272,7 @@ def read_validation(
     if not seen.any():
         return None
     mixed = None if other is None else other[seen].float()
-    return Validation(saved, logits[seen].float(), saved.targets[seen], saved.class_counts(seen), mixed)
+    return Validation(saved, logits[seen].float(), saved.targets[seen], saved.class_counts(seen), mixed, seen)
 
 
 def select_adjustment(rows: Validation, spec: SweepSpec) -> tuple[AdjustmentSelection, Tensor]:

@@ -49,7 +49,7 @@ from imbvlm.training.test_predictions import (
     read_test_logits,
     write_test_logits,
 )
-from imbvlm.training.validation_logits import VAL_LOGITS_FILE, read_logits
+from imbvlm.training.validation_logits import VAL_LOGITS_FILE, SavedValLogits, read_logits
 
 
 @dataclass(frozen=True)
@@ -124,15 +124,20 @@ def score_delivered(
 
 @dataclass(frozen=True)
 class ScoredValidation:
-    """Adjusted logits (N, C) of validation rows with labels (N,) and the counts of a training.
+    """Adjusted logits (N, C) of the rows of `saved` that are `seen`, whose counts are those of a training.
 
     `is_exported` says that they are of the exported weights, not of models of the search.
     """
 
     logits: Tensor
-    labels: Tensor
-    stats: ClassStats
+    saved: SavedValLogits
+    seen: Tensor
     is_exported: bool = False
+
+    @property
+    def labels(self) -> Tensor:
+        """The rows' labels (N,)."""
+        return self.saved.targets[self.seen]
 
 
 def validation_logits(
@@ -154,7 +159,7 @@ def validation_logits(
         logits = adjustment.apply(rows.logits, rows.class_counts, rows.zero_shot)
         total = total + member.weight / member.temperature * logits
     assert first is not None, "a model has a member"
-    return ScoredValidation(total, first.targets, first.saved.stats[0])
+    return ScoredValidation(total, first.saved, first.seen)
 
 
 def validation_rank_scores(
@@ -180,7 +185,7 @@ def calibrate(
     scored = _exported_logits(folder, log, members, exported) or validation_logits(folder, log, spec, members)
     if isinstance(scored, str):
         return ModelCalibration(class_names, scored)
-    rows = ScoredRows.from_logits(scored.logits, scored.labels, scored.stats)
+    rows = ScoredRows.from_logits(scored.logits, scored.labels, scored.saved.stats[0])
     return ModelCalibration(class_names, rows, scored.is_exported)
 
 
@@ -209,7 +214,7 @@ def _exported_logits(
         mean = torch.stack(logits).mean(dim=0)
         total = total + member.weight / member.temperature * adjustment.apply(mean, rows[0].stats[0].counts, zero_shot)
     assert first is not None, "a model has a member"
-    return ScoredValidation(total, first.targets, first.stats[0], is_exported=True)
+    return ScoredValidation(total, first, torch.ones(len(first.targets), dtype=torch.bool), is_exported=True)
 
 
 def exported_refits(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from typing import Any
 
 from imbvlm.base import storage
+from imbvlm.base.csv_cells import csv_line, escape_cell, unescape_cell
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent, pluralize
-from imbvlm.base.json_file import read_json
+from imbvlm.base.json_file import damage_named, read_json
 from imbvlm.base.plugins import active_plugins
 from imbvlm.base.yaml_file import parse_yaml
 from imbvlm.sweep.records.budget import read_spent
@@ -24,6 +27,7 @@ from imbvlm.training.test_predictions import POST_HOC, TEST
 
 SPLITS = (TEST, POST_HOC)
 BEST_FILE, TEST_FILE, GAP_FILE = "best.yaml", "test.json", "gap.json"
+SUSPECTS_FILE = "suspect_labels.csv"
 # Exists from the start of a run until its end, also while a run adds trials to a finished sweep.
 UNFINISHED_FILE = "unfinished"
 # The rules of sweeps that began without these keys: in version 0.1 held-out images score, and the objective selects.
@@ -250,3 +254,42 @@ def read_gap(folder: str) -> GapReport | None:
 
     fix = f"Remove it; this writes it again: imbvlm sweep resume {folder}"
     return read_json(storage.join(folder, GAP_FILE), parse, fix)
+
+
+@dataclass(frozen=True)
+class SuspectLabel:
+    """An image of the manifest whose label looks wrong: its class, another one, and their probabilities."""
+
+    image: str
+    row: int
+    split: str
+    given: str
+    looks_like: str
+    given_probability: float
+    other_probability: float
+
+
+_SUSPECT_COLUMNS = ("image", "row", "split", "class", "looks_like", "probability_of_class", "probability_of_looks_like")
+
+
+def write_suspects(folder: str, suspects: Sequence[SuspectLabel]) -> None:
+    """Write suspect_labels.csv into a sweep's folder."""
+    lines = [
+        csv_line([escape_cell(str(value)) if isinstance(value, str) else value for value in astuple(own)])
+        for own in suspects
+    ]
+    content = "".join([csv_line(_SUSPECT_COLUMNS), *lines])
+    storage.write_bytes(storage.join(folder, SUSPECTS_FILE), content.encode())
+
+
+def read_suspects(folder: str) -> list[SuspectLabel] | None:
+    """What `write_suspects` wrote; None where labels weren't checked. Raises ImbvlmError for a damaged file."""
+    uri = storage.join(folder, SUSPECTS_FILE)
+    if not storage.exists(uri):
+        return None
+    with damage_named(f"{uri} is damaged", f"Remove it; this writes it again: imbvlm sweep resume {folder}"):
+        rows = list(csv.reader(io.StringIO(storage.read_bytes(uri).decode(), newline="")))
+        return [
+            SuspectLabel(image, int(row), split, given, looks_like, float(own), float(other))
+            for image, row, split, given, looks_like, own, other in (map(unescape_cell, row) for row in rows[1:])
+        ]

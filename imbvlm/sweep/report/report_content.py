@@ -21,6 +21,7 @@ from imbvlm.sweep.plan.feasibility import data_counts, num_folds
 from imbvlm.sweep.records.difference import Verdict, title_in
 from imbvlm.sweep.records.resource_usage import phase_rows, stopping_text, store_text
 from imbvlm.sweep.records.summary_tables import encoder_notes, verdict
+from imbvlm.sweep.records.sweep_folder import SuspectLabel
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.records.winner_selection import MAX_HALF_WIDTH
 from imbvlm.sweep.report import class_plots, score_tables, search_plots, study_tables
@@ -31,6 +32,8 @@ from imbvlm.sweep.report.review_sheet import ReviewSheet, review_sheet
 from imbvlm.sweep.report.score_tables import ConfusedPair
 from imbvlm.sweep.report.thumbnails import read_manifest, thumbnails
 
+# Images with suspicious labels that are shown.
+NUM_SUSPECTS = 24
 # Classes whose accuracies stand in large type.
 GROUPS = ("balanced", "top1", *SHOT_GROUPS)
 
@@ -50,7 +53,8 @@ class ReportContent:
 
     Numbers of images are by split; a split whose number is unknown is absent. Figures and tables are by their place on
     the page. `review` has the review sheet's sentences. `class_orders` has all classes in several orders. Confused
-    pairs stand with images as data: URIs, and `pairs_problem` says why some are missing; empty if none are.
+    pairs stand with images as data: URIs, and `pairs_problem` says why some are missing; empty if none are. The first
+    of `suspects` stand with theirs, empty where it can't be read.
     """
 
     source: ReportData
@@ -66,6 +70,7 @@ class ReportContent:
     pairs: Sequence[tuple[ConfusedPair, Sequence[str]]]
     pairs_problem: str
     review: ReviewSheet | None
+    suspects: Sequence[tuple[SuspectLabel, str]]
 
     @property
     def all_figures(self) -> list[Figure]:
@@ -119,6 +124,7 @@ def build(source: ReportData) -> ReportContent:
             score_tables.best_trials(source),
         ],
         "review": [] if sheet is None else sheet.tables,
+        "suspects": [score_tables.suspects(source)],
         "class_groups": [score_tables.class_groups(source)],
         "class_changes": score_tables.class_changes(orders),
         "confused": [score_tables.confused_pairs(pairs)],
@@ -144,6 +150,7 @@ def build(source: ReportData) -> ReportContent:
         pairs=[*zip(pairs, images, strict=True)],
         pairs_problem=join_limited(problems, 1),
         review=sheet,
+        suspects=_suspects(source, manifest),
     )
 
 
@@ -263,6 +270,18 @@ def _images(pairs: Sequence[ConfusedPair], manifest: Manifest | str) -> tuple[li
         return [[] for _ in pairs], [manifest] if pairs else []
     shown = [thumbnails(manifest, "test", pair.rows) for pair in pairs]
     return [uris for uris, _ in shown], [problem for _, problems in shown for problem in problems]
+
+
+def _suspects(source: ReportData, manifest: Manifest | str) -> list[tuple[SuspectLabel, str]]:
+    """The first images whose labels look wrong, each as a data: URI."""
+    shown = []
+    for suspect in (source.suspects or [])[:NUM_SUSPECTS]:
+        uris: Sequence[str] = ()
+        if not isinstance(manifest, str):
+            position = int(np.searchsorted(manifest.rows_of(suspect.split), suspect.row))
+            uris, _ = thumbnails(manifest, suspect.split, [position])
+        shown.append((suspect, "".join(uris)))
+    return shown
 
 
 def _compute(source: ReportData) -> list[Table]:

@@ -28,7 +28,14 @@ from imbvlm.sweep.records.difference import (
 )
 from imbvlm.sweep.records.quarantine_list import read_quarantine
 from imbvlm.sweep.records.resource_usage import ResourceUsage
-from imbvlm.sweep.records.sweep_folder import GapReport, read_gap, read_readings, read_spec
+from imbvlm.sweep.records.sweep_folder import (
+    GapReport,
+    SuspectLabel,
+    read_gap,
+    read_readings,
+    read_spec,
+    read_suspects,
+)
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, WINNER, TrialLog, TrialRecord, last_values, name_rank
 from imbvlm.sweep.records.winner_selection import Selection, read_selection
 from imbvlm.sweep.spec.baselines import HEADS
@@ -202,6 +209,11 @@ class ReportData:
     def gap(self) -> GapReport | None:
         """The gap to unseen groups; None where it wasn't measured."""
         return read_gap(self.folder)
+
+    @cached_property
+    def suspects(self) -> list[SuspectLabel] | None:
+        """The images whose labels look wrong, the most suspicious first; None where labels weren't checked."""
+        return read_suspects(self.folder)
 
     @property
     def members(self) -> tuple[BlendMember, ...]:

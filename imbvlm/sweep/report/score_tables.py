@@ -431,6 +431,16 @@ def confused_pairs(pairs: Sequence[ConfusedPair]) -> Table:
     return Table("confused", "Confused most, as a table", header, rows, 2)
 
 
+def suspects(source: ReportData) -> Table:
+    """The images whose labels look wrong."""
+    rows = [
+        [own.given, own.looks_like, percent(own.given_probability), percent(own.other_probability), own.image]
+        for own in (source.suspects or [])[:MAX_ROWS]
+    ]
+    header = ["labeled", "looks like", "probability of the label", "of what it looks like", "image"]
+    return Table("suspect_labels", "As a table", header, rows, 2)
+
+
 def quarantine(source: ReportData) -> Table:
     """Files that could not be decoded, by class."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)

@@ -25,6 +25,7 @@ from imbvlm.sweep.run.conclude_phase import conclude
 from imbvlm.sweep.run.confirm_phase import confirm, confirm_over_folds
 from imbvlm.sweep.run.extract_phase import extract
 from imbvlm.sweep.run.gap_phase import measure_gap
+from imbvlm.sweep.run.labels_phase import check_labels
 from imbvlm.sweep.run.refit_phase import refit
 from imbvlm.sweep.run.search_phase import search
 from imbvlm.sweep.spec.equivalence import untrained_configurations
@@ -67,6 +68,7 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                     correct_for_size(run)
                     _check_interrupted(lease)
                     measure_gap(run)
+                    check_labels(run)
                     seconds = time.monotonic() - started
             conclude(run, seconds)
     return log
