@@ -356,6 +356,9 @@ FILES: dict[str, str] = {
     "tables/": "a study's tables as CSV and LaTeX",
     "post_hoc.json": "what is adjusted after training, and by how much, for winner and baselines",
     "gap.json": "how much worse the delivered heads are on unseen groups, where the manifest has groups",
+    "suspect_labels.csv": "images whose labels look wrong, the most suspicious first",
+    "calibration.json": "what the delivered model decides by, or why it can promise nothing",
+    "calibration.safetensors": "the scores of validation images that its decisions are learned from",
     "selection.json": "how the winner and the blend were selected, and what is claimed of them",
     "test.json": "what the test split answered, and when; resuming never reads it again",
     "quarantine.csv": "images that can't be decoded: path, reason, class, shot group",
@@ -390,7 +393,7 @@ def files_page() -> str:
 # Names that a user calls, with the members of classes that the page describes.
 PYTHON: dict[str, tuple[Any, tuple[str, ...]]] = {
     "imbvlm.load": (imbvlm.load, ()),
-    "Model": (Model, ("predict", "predict_stream", "logits", "probabilities")),
+    "Model": (Model, ("predict", "predict_stream", "deciding", "logits", "probabilities")),
     "Prediction": (Prediction, ("ranked",)),
     "imbvlm.Manifest": (
         imbvlm.Manifest,

@@ -14,8 +14,8 @@ from torch import Tensor
 from imbvlm.longtail.decisions.scored_rows import Floats, Ids
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE
 
-# How many times as probable as the given label another class must be: alike classes have many rows between them. Of a
-# class of n rows it is times 1 + FEW / n, since models know few images less well.
+# How many times as probable as the given label another class must be: alike classes have many rows between them. For
+# a class of n rows it is times 1 + FEW / n, since models know few images less well.
 MIN_RATIO, FEW = 10.0, 20
 _NONE = torch.empty(0, dtype=torch.float64)
 

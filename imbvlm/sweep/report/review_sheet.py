@@ -88,7 +88,7 @@ def _scored_on_test(source: ReportData, rows: ScoredRows) -> _Scored | None:
 
 
 def _opening(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None) -> str:
-    """What is accepted for a precision, and what is left to look at."""
+    """A sentence on the share that is accepted for a precision, and on what is left to look at."""
     taken = acceptance.accepts(rows.predicted, rows.confidence)
     level, num_given = f"{100 * acceptance.precision:g} %", sum(own.is_given for own in acceptance.promise_of)
     if not num_given:

@@ -36,15 +36,15 @@ def check_labels(run: SweepRun) -> None:
     table = run.manifest.table.select(["uri", "split"]).take(chosen).to_pylist()
     numbers = zip(suspects.given_probability.tolist(), suspects.other_probability.tolist(), strict=True)
     labels = zip(run.manifest.labels[chosen].tolist(), suspects.looks_like.tolist(), strict=True)
-    found = [
+    listed = [
         SuspectLabel(entry["uri"] or f"row {row}", row, entry["split"], names[given], names[other], *probabilities)
         for entry, row, (given, other), probabilities in zip(table, chosen.tolist(), labels, numbers, strict=True)
     ]
-    write_suspects(run.folder, found)
+    write_suspects(run.folder, listed)
     unknown = len(suspects.unknown)
     left_out = f", without {pluralize(unknown, 'class')} that models don't know well enough" if unknown else ""
     run.console.print(
-        f"labels that look wrong: {len(found):,} of {pluralize(len(seen), 'image')}{left_out}; see "
+        f"labels that look wrong: {len(listed):,} of {pluralize(len(seen), 'image')}{left_out}; see "
         f"{storage.join(run.folder, SUSPECTS_FILE)}"
     )
 
