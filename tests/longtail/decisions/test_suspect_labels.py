@@ -80,5 +80,6 @@ def test_wild_rows_give_suspects_that_can_be_justified(num_classes: int, num_row
     assert (suspects.other_probability > MIN_RATIO * suspects.given_probability).all()
     margins = suspects.other_probability - suspects.given_probability
     assert (np.diff(margins) <= 1e-12).all(), "the most suspicious first"
-    counts, listed = (np.bincount(own, minlength=num_classes) for own in (labels.numpy(), labels.numpy()[suspects.rows]))
+    given_labels = labels.numpy()
+    counts, listed = (np.bincount(own, minlength=num_classes) for own in (given_labels, given_labels[suspects.rows]))
     assert (2 * listed <= counts).all()

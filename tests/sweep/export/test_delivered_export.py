@@ -15,6 +15,7 @@ from tiny_images import TinyImages, extraction_in_this_process
 
 import imbvlm
 from imbvlm.base import storage
+from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.yaml_file import read_yaml
 from imbvlm.cli.sweep_listing import compare_text, show_text
 from imbvlm.config.trial_config import TrialConfig
@@ -44,7 +45,13 @@ from imbvlm.sweep.records.delivered_model import (
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.provenance import provenance, write_provenance
 from imbvlm.sweep.records.refit_selection import mark_superseded, refits
-from imbvlm.sweep.records.sweep_folder import SweepState
+from imbvlm.sweep.records.sweep_folder import (
+    SUSPECTS_FILE,
+    SuspectLabel,
+    SweepState,
+    read_suspects,
+    write_suspects,
+)
 from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialKind, TrialLog, TrialRecord
 from imbvlm.sweep.records.winner_selection import Selection, select_winner, write_selection
 from imbvlm.sweep.report.rendering import page
@@ -323,6 +330,28 @@ def test_the_review_sheet_is_of_the_exported_model_on_validation_and_test(blende
     html = page(report)
     assert '<section id="review"><h2>Review</h2>' in html
     assert "imbvlm predict my-model PHOTOS/ --accept 0.95 --sets 0.9" in html
+
+
+def test_labels_that_look_wrong_have_their_image_on_the_page(blended: MadeSweep) -> None:
+    assert "Labels that look wrong" not in page(build(ReportData.read(blended.folder))), "they weren't checked"
+    row = int(Manifest.read(blended.problem.manifest).rows_of("train")[3])
+    suspect = SuspectLabel("=a.png", row, "train", "class <0>", "class 1", 0.015, 0.9)
+    gone = SuspectLabel("b.png", 10**6, "val", "class 2", "class 0", 1e-5, 0.75)
+    try:
+        write_suspects(blended.folder, [suspect, gone])
+        assert read_suspects(blended.folder) == [suspect, gone]
+        html = page(build(ReportData.read(blended.folder)))
+        write_suspects(blended.folder, [])
+        none = page(build(ReportData.read(blended.folder)))
+        (Path(blended.folder) / SUSPECTS_FILE).write_text("image\nb.png,1\n")
+        with pytest.raises(ImbvlmError, match="is damaged"):
+            read_suspects(blended.folder)
+    finally:
+        storage.delete(storage.join(blended.folder, SUSPECTS_FILE))
+    assert html.count('alt="labeled ') == 1, "an image that is gone is left out"
+    assert 'alt="labeled class &lt;0&gt;, looks like class 1"' in html
+    assert "90.0 % against 1.5 %; =a.png" in html
+    assert "No label looks wrong." in none
 
 
 def test_a_sweep_without_scores_says_so_on_its_page(blended: MadeSweep, tmp_path: Path) -> None:

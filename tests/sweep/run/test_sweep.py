@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from quickstart_sweep import QUICKSTART, ROOT, imbvlm, newest, run, trials
+
+from imbvlm.data.manifest import Manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
 
@@ -178,6 +181,22 @@ def test_export_predict_and_train_again(smoke: tuple[Path, str], home: Path) -> 
     )
     metrics = json.loads(imbvlm("train", "moved/best.yaml", "--json", cwd=home))
     assert metrics["val/best_balanced_accuracy"] == max(e["val/balanced_accuracy"] for e in best["epochs"])
+
+
+def test_labels_that_look_wrong_are_those_of_their_images(smoke: tuple[Path, str]) -> None:
+    sweep, printed = smoke
+    manifest = Manifest.read("embedded:fashion_mnist_lt")
+    said = re.search(r"labels that look wrong: (\d+) of (\d+) images", printed)
+    assert said is not None
+    listed = list(csv.DictReader((sweep / "suspect_labels.csv").open(encoding="utf-8")))
+    assert len(listed) == int(said[1])
+    assert 0 < len(listed) < 0.1 * int(said[2])
+    for own in listed:
+        row = int(own["row"])
+        entry = manifest.table.slice(row, 1).to_pylist()[0]
+        assert (own["image"], own["split"]) == (entry["uri"], entry["split"])
+        assert own["class"] == manifest.class_names[manifest.labels[row]]
+        assert float(own["probability_of_looks_like"]) > 10 * float(own["probability_of_class"])
 
 
 def test_a_second_sweep_computes_no_features_and_without_a_trial_leaves_with_the_causes_grouped(
