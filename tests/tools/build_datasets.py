@@ -50,8 +50,8 @@ EMOJI_SIDE, EMOJI_MIN, EMOJI_TEST = 64, 8, 5
 def fashion_mnist_lt(source: Path) -> Manifest:
     """A long tail of Fashion-MNIST: 2,480 training images, 500 of validation and 2,000 of test, both balanced."""
     folder = source / FASHION_FOLDER
-    train_x, train_y = _idx(folder / "train-images-idx3-ubyte.gz"), _idx(folder / "train-labels-idx1-ubyte.gz")
-    test_x, test_y = _idx(folder / "t10k-images-idx3-ubyte.gz"), _idx(folder / "t10k-labels-idx1-ubyte.gz")
+    train_x, train_y = read_idx(folder / "train-images-idx3-ubyte.gz"), read_idx(folder / "train-labels-idx1-ubyte.gz")
+    test_x, test_y = read_idx(folder / "t10k-images-idx3-ubyte.gz"), read_idx(folder / "t10k-labels-idx1-ubyte.gz")
     rng, most = np.random.default_rng(0), max(FASHION_COUNTS)
     drawn = {
         label: rng.permutation(np.flatnonzero(train_y == label))
@@ -64,7 +64,7 @@ def fashion_mnist_lt(source: Path) -> Manifest:
         ("test", "t10k", test_x, test_y, tests),
     ]
     rows = [
-        (f"fashion-mnist/{file}/{row}.png", _png(images[row]), int(ids[row]), split)
+        (f"fashion-mnist/{file}/{row}.png", encode_png(images[row]), int(ids[row]), split)
         for split, file, images, ids, chosen in parts
         for row in np.concatenate(chosen)
     ]
@@ -100,7 +100,7 @@ def _manifest(rows: list[tuple[str, bytes, int, str]], names: tuple[str, ...] | 
     return Manifest.build(table, names, name)
 
 
-def _idx(path: Path) -> Pixels:
+def read_idx(path: Path) -> Pixels:
     """MNIST's format: two zero bytes, type 8 (unsigned bytes), number of dimensions, big-endian sizes, values."""
     if not path.is_file():
         raise ImbvlmError(f"{path} is not there; unpack the package into the source folder first")
@@ -110,7 +110,7 @@ def _idx(path: Path) -> Pixels:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def _png(pixels: Pixels) -> bytes:
+def encode_png(pixels: Pixels) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG", optimize=True)
     return stream.getvalue()

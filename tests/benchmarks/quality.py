@@ -1,0 +1,87 @@
+"""Time to quality: searches over recorded tables, judged by accuracies that they don't see; --large tries all ways.
+
+Excess regret is the true accuracy of the configuration that a complete grid chooses by what the search sees, minus that
+of the search's choice, the mean over BUDGETS and seeds. Intervals are of 2,000 resamples of the tables.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+from curves import Array, read_tables
+from replay import BUDGETS, Method, Replay
+from table import Line, Options, shown
+from tree_sampler import TreeSampler
+
+from imbvlm.sweep.spec.sweep_spec import AshaConfig
+from imbvlm.sweep.tune.study_search import silence_optuna
+
+NUM_SEEDS, NUM_RESAMPLES = 4, 2000
+SHIPPED = Method("TPE and ASHA, as shipped")
+FEW = (SHIPPED, Method("random search and ASHA", {"name": "random"}), Method("TPE", asha=None))
+TRIES = (
+    *FEW,
+    Method("quasi-Monte Carlo and ASHA", {"name": "qmc"}),
+    Method("Gaussian process and ASHA", {"name": "gp"}),
+    Method("TPE, keys independent", {"name": "tpe", "multivariate": False}),
+    Method("TPE, 5 random trials", {"name": "tpe", "num_startup_trials": 5}),
+    Method("TPE, 20 random trials", {"name": "tpe", "num_startup_trials": 20}),
+    Method("TPE, 96 candidates", {"name": "tpe", "num_candidates": 96}),
+    Method("TPE, stratified by method", stratify=("method",)),
+    Method("TPE and ASHA from a twelfth on", asha=AshaConfig(grace_fraction=1 / 12)),
+    Method("TPE of whole configurations", sampler=TreeSampler),
+    Method("the same, half as wide", sampler=partial(TreeSampler, width=0.1)),
+    Method("portfolio of 4, then as shipped", portfolio=4),
+    Method("portfolio of 8, then as shipped", portfolio=8),
+    Method("64 probes halved, then as shipped", halving=64),
+    Method("256 probes halved, then as shipped", halving=256),
+    Method("portfolio of 4, whole configurations", portfolio=4, sampler=TreeSampler),
+    Method("64 probes halved, portfolio of 4", portfolio=4, halving=64),
+)
+
+
+def lines(options: Options) -> Iterator[Line]:
+    silence_optuna()
+    tables = read_tables()
+    families = {table.family for table in tables.values()}
+    yield shown(f"{len(tables)} tables of {len(families)} families", " ".join(sorted(families)))
+    replays = [
+        Replay(table, [other for other in tables.values() if other.family != table.family]) for table in tables.values()
+    ]
+    of_table = [table.family for table in tables.values()]
+    scores: dict[str, Array] = {}
+    yield shown("excess regret in points, 95 % interval", f"after {', '.join(map(str, BUDGETS))}")
+    for method in TRIES if options.large else FEW:
+        scores[method.name] = np.array([excess(replay, method) for replay in replays])
+        yield shown(f"  {method.name}: {interval(scores[method.name].mean(axis=1))}", " ".join(
+            f"{value:.2f}" for value in scores[method.name].mean(axis=0)))  # fmt: skip
+        if method is not SHIPPED:
+            yield shown(
+                "    as shipped minus that", interval((scores[SHIPPED.name] - scores[method.name]).mean(axis=1))
+            )
+    if options.large:
+        yield from _left_out({name: each.mean(axis=1) for name, each in scores.items()}, of_table)
+
+
+def excess(replay: Replay, method: Method) -> Array:
+    """Excess regret (budgets,), the mean over seeds."""
+    return np.mean([replay.excess(method, seed) for seed in range(NUM_SEEDS)], axis=0)
+
+
+def interval(values: Array) -> str:
+    """Mean and 95 % interval over tables (N,)."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (NUM_RESAMPLES, len(values))).mean(axis=1)
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(values.mean(), *np.quantile(means, (0.025, 0.975)))
+
+
+def _left_out(scores: dict[str, Array], of_table: Sequence[str]) -> Iterator[Line]:
+    """What the way that is best on the other families gains on each family."""
+    gains, families = np.zeros(len(of_table)), np.array(of_table)
+    for family in sorted(set(of_table)):
+        inside = families == family
+        best = min(scores, key=lambda name: float(scores[name][~inside].mean()))
+        gains[inside] = (scores[SHIPPED.name] - scores[best])[inside]
+        yield shown(f"  best without {family}: {best}", f"{gains[inside].mean():+.2f} points")
+    yield shown("  gain on families left out", interval(gains))
+    yield shown("    of the excess regret as shipped", f"{100 * gains.mean() / scores[SHIPPED.name].mean():.0f} %")
