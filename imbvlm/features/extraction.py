@@ -42,7 +42,6 @@ from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.ray_runtime.cluster_resources import has_many_machines
 from imbvlm.ray_runtime.connection import existing_cluster, owns_machine, ray_session
-from imbvlm.ray_runtime.image_pipeline import map_images
 
 Report = Callable[[str], None]
 # With few CPUs each has a worker. With many a worker has this many threads, since each holds the whole encoder.
@@ -195,6 +194,9 @@ def _compute_in_workers(
 ) -> Iterator[BlockSummary]:
     if not blocks:
         return
+    # It loads Ray Data, a second of which a plan and stored features need nothing.
+    from imbvlm.ray_runtime.image_pipeline import map_images
+
     dtype, is_chosen = resolve_compute_dtype(config, encoder.info), config.features.computed_in != "auto"
     with ray_session() as cluster:
         gpus = int(cluster.max_gpus) if is_chosen or dtype == "bfloat16" else 0

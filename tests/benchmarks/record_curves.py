@@ -275,12 +275,14 @@ def main() -> None:
         table.write(path)
         probes = np.array([each["method"] == "linear_probe" for each in table.params])
         last = table.truth[:, -1]
+        best = [last[of_method].max() for of_method in (probes, ~probes)]
         print(
             f"{name}: {len(last)} configurations, {path.stat().st_size / 1e3:.0f} kB, "
-            f"{time.process_time() - begin:.0f} s of CPU ({extracted:.0f} for features; an epoch {table.seconds[probes].mean():.3f} and "
-            f"{table.seconds[~probes].mean():.3f}), probes {last[probes].max():.3f}, "
-            f"decoders {last[~probes].max():.3f}, median {np.median(last):.3f}", flush=True,
-        )  # fmt: skip
+            f"{time.process_time() - begin:.0f} s of CPU ({extracted:.0f} for features; an epoch "
+            f"{table.seconds[probes].mean():.3f} and {table.seconds[~probes].mean():.3f}), best probe and decoder "
+            f"{best[0]:.3f} and {best[1]:.3f}, median {np.median(last):.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
