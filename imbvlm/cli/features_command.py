@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from imbvlm.base import storage
-from imbvlm.base.formatting import size_text
+from imbvlm.base.formatting import join_limited, pluralize, size_text
 from imbvlm.config.encoder_info import OUTPUT_NAMES, OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
+from imbvlm.features.earlier_store import EarlierStore, open_store
 from imbvlm.features.extraction import Report, ensure_features
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import STORE_FILE, StoreError
@@ -34,6 +35,7 @@ class Extraction:
     free_bytes: int | None
     seconds: float | None
     notice: str = ""
+    num_known: int = 0
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -45,15 +47,17 @@ class Extraction:
             f"{self.encoder} at {self.image_size} px, eval.resize {self.resize:.4g}: {', '.join(self.outputs)} of "
             f"{', '.join(self.splits)}, {size_text(self.total_bytes)}"
         ]
+        known = f"{self.num_known:,} images known, " if self.num_known else ""
         if not self.num_images:
             lines.append("everything is stored already")
         elif self.seconds is None:
             free = "" if self.free_bytes is None else f"; {size_text(self.free_bytes)} free"
-            lines.append(f"to compute: {self.num_images:,} images (views counted), {size_text(self.num_bytes)}{free}")
+            size = size_text(self.num_bytes)
+            lines.append(f"{known}to compute: {self.num_images:,} images (views counted), {size}{free}")
         else:
             speed = self.num_images / self.seconds
             lines.append(
-                f"computed {self.num_images:,} images (views counted), {size_text(self.num_bytes)}, in "
+                f"{known}computed {self.num_images:,} images (views counted), {size_text(self.num_bytes)}, in "
                 f"{self.seconds:,.1f} s: {speed:,.1f} a second"
             )
         lines += [self.notice] if self.notice else []
@@ -73,12 +77,16 @@ def extract(
     root = storage.absolute(root)
     info = describe_encoder(config.encoder)
     total = sum(store_bytes(config, info, manifest, outputs, manifest.splits).values())
-    num_images, num_bytes = pending_images(config, manifest, root, outputs, manifest.splits)
+    pending = pending_images(config, manifest, root, outputs, manifest.splits)
     folders, seconds, notice = {}, None, ""
     if not dry_run:
         started = time.monotonic()
         features = ensure_features(config, manifest, root, outputs, manifest.splits, report=report)
-        folders, seconds, notice = dict(features.folders), time.monotonic() - started, features.notice
+        folders, seconds, notice = (
+            dict.fromkeys(features.splits, features.folder),
+            time.monotonic() - started,
+            features.notice,
+        )
     ordered = tuple(name for name in OUTPUT_NAMES if name in outputs)
     free = storage.free_bytes(root)
     return Extraction(
@@ -89,11 +97,12 @@ def extract(
         ordered,
         folders,
         total,
-        num_images,
-        num_bytes,
+        pending.num_images,
+        pending.num_bytes,
         free,
         seconds,
         notice,
+        pending.num_known,
     )
 
 
@@ -103,18 +112,18 @@ def check(folders: Sequence[str]) -> int:
     for folder in folders:
         for store in _stores(storage.absolute(folder)):
             for output in store.outputs:
-                present = store.present(output)
-                damaged = sorted(set(store.missing(output, full=True)) & set(present))
+                damaged = store.damaged(output)
                 num_damaged += len(damaged)
-                print(f"{store.folder} {output}: {_describe(store, output, len(present), damaged)}")
+                text = f"{pluralize(store.num_shards(output), 'shard')}, {size_text(store.num_bytes(output))}"
+                print(f"{store.folder} {output}: {text}; {_describe(damaged)}")
     return int(num_damaged > 0)
 
 
-def _stores(folder: str) -> list[FeatureStore]:
+def _stores(folder: str) -> list[FeatureStore | EarlierStore]:
     if storage.exists(storage.join(folder, STORE_FILE)):
-        return [FeatureStore.open(folder)]
+        return [open_store(folder)]
     folders = [storage.join(folder, name) for name in storage.list_files(folder)]
-    stores = [FeatureStore.open(path) for path in folders if storage.exists(storage.join(path, STORE_FILE))]
+    stores = [open_store(path) for path in folders if storage.exists(storage.join(path, STORE_FILE))]
     if not stores:
         raise StoreError(
             f"{folder} has no stored features. "
@@ -123,10 +132,10 @@ def _stores(folder: str) -> list[FeatureStore]:
     return stores
 
 
-def _describe(store: FeatureStore, output: OutputName, num_present: int, damaged: list[int]) -> str:
-    size = size_text(store.layout.num_bytes(output))
-    text = f"{num_present:,} of {store.layout.num_shards:,} shards, {size} when whole"
+def _describe(damaged: Sequence[str]) -> str:
     if not damaged:
-        return f"{text}; intact"
-    names = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-    return f"{text}; {len(damaged):,} DAMAGED ({names}): the next sweep that reads them computes them again"
+        return "intact"
+    return (
+        f"{len(damaged):,} DAMAGED ({join_limited(damaged, 5)}): the next sweep that reads them computes their images "
+        "again"
+    )

@@ -85,9 +85,9 @@ class LazyRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self) -> tuple[list[str | None], list[bytes | None]]:
-        """Uris and embedded bytes of the rows."""
-        rows = self._table.take(pa.array(self._rows))
+    def read(self, numbers: Sequence[int] | None = None) -> tuple[list[str | None], list[bytes | None]]:
+        """Uris and embedded bytes of the rows, or of those with these numbers among them."""
+        rows = self._table.take(pa.array(self._rows if numbers is None else self._rows[list(numbers)]))
         return rows.column("uri").to_pylist(), rows.column("bytes").to_pylist()
 
     def __reduce__(self) -> tuple[type[LazyRows], tuple[pa.Table, Rows]]:

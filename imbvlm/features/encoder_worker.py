@@ -27,7 +27,7 @@ BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 class EncoderWorker:
-    """Holds an encoder in one process; a call with a loaded block writes the block's shards.
+    """Holds an encoder in one process; a call with a loaded block writes its shards.
 
     Several threads may call it: one block at a time is computed while others are written. With `compile_for`, the
     images of a block, the encoder is compiled first, if torch can: for one size of batches, to which the last of a
@@ -46,20 +46,29 @@ class EncoderWorker:
             self._fills_batches = self._not_compiled is None
 
     def __call__(self, block: LoadedBlock) -> BlockSummary:
-        """Store the block's missing outputs."""
-        store = FeatureStore.open(block.folder)
-        rows = store.layout.rows_of(block.shard)
-        with self._running:
-            computed = self._run(block.images, block.outputs, store)
+        """Store the block's outputs."""
         bad = {number: reason for number, reason in enumerate(block.reasons) if reason is not None}
         written = {}
-        for output, values in computed.items():
-            shaped = values.reshape(len(rows), store.num_views, *store.layout.shapes[output])
-            # The outputs of a missing image mean nothing.
-            shaped[list(bad)] = 0
-            written[output] = store.write(output, block.shard, shaped, block.reasons)
-        bad_rows = {rows.start + number: reason for number, reason in bad.items()}
-        return BlockSummary(block.folder, block.shard, len(block.images), written, bad_rows, self._not_compiled)
+        if len(block.images):
+            store = FeatureStore.open(block.folder)
+            with self._running:
+                computed = self._run(block.images, block.outputs, store)
+            for output, values in computed.items():
+                # The outputs of a missing image mean nothing.
+                values[np.isin(block.entry_rows, list(bad))] = 0
+                reasons = [block.reasons[row] for row in block.entry_rows]
+                contents = block.contents[block.entry_rows]
+                written[output] = store.append(output, contents, block.entry_views, values, reasons)
+        return BlockSummary(
+            block.part,
+            block.rows,
+            block.contents,
+            block.num_images,
+            len(block.images),
+            written,
+            {int(block.rows[number]): reason for number, reason in bad.items()},
+            self._not_compiled,
+        )
 
     def _run(
         self, images: npt.NDArray[np.uint8], outputs: Sequence[OutputName], store: FeatureStore

@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
+from typing import NamedTuple
 
+import pyarrow as pa
 import safetensors.torch
 import torch
 
@@ -24,6 +26,7 @@ from imbvlm.data.bad_image_limits import bad_image_findings
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.features.class_embeddings import ensure_class_embeddings
 from imbvlm.features.encoder_worker import BATCH_ON_CPU, EncoderWorker, make_encoder_worker
+from imbvlm.features.entry_index import Digests
 from imbvlm.features.extraction_plan import (
     PendingPart,
     num_gpus,
@@ -34,10 +37,11 @@ from imbvlm.features.extraction_plan import (
 )
 from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import BlockSummary, ImageBlock, LoadedBlock, bad_image_error, load_block
+from imbvlm.features.known_files import record_files
 from imbvlm.features.store_layout import PACE_FILE, TOWER_FILE
 from imbvlm.features.store_sizes import check_cache_size, check_parts_fit, outputs_to_store
+from imbvlm.features.stored_split import Places, StoredSplit
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.ray_runtime.cluster_resources import has_many_machines
@@ -70,8 +74,8 @@ def ensure_features(
 
     Splits in `five_crop` are also stored as five crops where `eval.tte` asks for them. `check_encoder` may reject the
     encoder before anything is computed. With `features.store: false` only class embeddings are stored; they come with
-    `text` or image_embedding. Complete shards stay, damaged ones are computed again. Trials read through the cache what
-    lies in an object store or is shared by several machines.
+    `text` or image_embedding. Known images stay, those of damaged shards are computed again. Trials
+    read through the cache what lies in an object store or is shared by several machines.
 
     A pass that takes this process seconds, on a machine of its own, starts no Ray. Raises ImbvlmError where the encoder
     can't be loaded, a disk is too small, or `data.on_bad_image: strict` meets a bad image.
@@ -87,68 +91,94 @@ def ensure_features(
     check_parts_fit([config], root, parts)
     if not storage.is_local(root):
         check_cache_size(cache, root, stored, parts)
-    for part in parts:
-        _write_encoder_tensors(part.store.folder, encoder)
+    folders = list(dict.fromkeys(part.store.folder for part in parts))
+    for folder in folders:
+        _write_encoder_tensors(folder, encoder)
     embeddings = None
     if text or (encoder.info.has_text and "image_embedding" in outputs):
         # The text encoder runs before the long pass, so that it fails early where it can't be loaded.
         embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report)
-    notice = ""
-    if any(part.missing for part in parts):
+    filled = _Filled([part.contents.digests.copy() for part in parts])
+    if any(part.num_images for part in parts):
         encoder.check()
-        notice = _fill(config, parts, encoder, report)
-    for part in parts:
-        _check_quarantine(config, part, stored, report)
-    folders, crops = (
-        {p.part.split: p.store.folder for p in parts if (p.part.preprocess.expand is not None) == is_five_crop}
-        for is_five_crop in (False, True)
-    )
+        filled = _fill(config, parts, root, encoder, report)
+    paths, crops = dict[str, str](), dict[str, str]()
+    for part, digests in zip(parts, filled.contents, strict=True):
+        places = part.places(digests, filled.written.get(part.store.folder, {}))
+        _check_quarantine(config, part, places, report)
+        of_kind = paths if part.part.preprocess.expand is None else crops
+        of_kind[part.part.split] = StoredSplit.write(
+            root, part.store.layout, len(part.rows), part.part.num_views, places
+        )
     location = absolute_manifest(config.data.manifest)
     cache = cache or FeatureCacheConfig()
     is_cached = FeatureCache(cache).is_needed_for(root, has_many_machines=has_many_machines())
-    used_cache = cache if is_cached else None
     return FeatureSet(
-        location, folders, stored, encoder.info, embeddings, config.encoder.absolute(), crops, used_cache, notice
+        manifest=location,
+        folder=folders[0],
+        splits=paths,
+        outputs=stored,
+        info=encoder.info,
+        class_embeddings=embeddings,
+        encoder=config.encoder.absolute(),
+        five_crop=crops,
+        cache=cache if is_cached else None,
+        notice=filled.notice,
     )
 
 
 # -------------------------------------------------------------------------------------------------- filling
 
 
-def _fill(config: TrialConfig, parts: Sequence[PendingPart], encoder: Encoder, report: Report) -> str:
-    """Compute the missing shards; returns a sentence for the user where the encoder was to be compiled and wasn't."""
-    progress = _Progress(sum(part.num_images for part in parts), report)
+class _Filled(NamedTuple):
+    """What a pass has read and written: each part's contents (N, 16), and by store and output the names of shards.
+
+    `notice` is a sentence for the user where the encoder was to be compiled and wasn't.
+    """
+
+    contents: Sequence[Digests]
+    written: Mapping[str, Mapping[OutputName, frozenset[str]]] = {}
+    notice: str = ""
+
+
+def _fill(config: TrialConfig, parts: Sequence[PendingPart], root: str, encoder: Encoder, report: Report) -> _Filled:
+    """Compute the missing crops."""
+    progress = _Progress(sum(part.num_images for part in parts), sum(part.num_known for part in parts), report)
     progress.begin()
     is_strict = config.data.on_bad_image == "strict"
     # This process takes blocks from the front; the workers compute the rest.
-    blocks = deque(block for part in parts for block in part.blocks(is_strict=is_strict))
-    by_folder = {part.store.folder: part for part in parts}
-    bad: dict[str, dict[int, str]] = {folder: {} for folder in by_folder}
-    # Size in bytes of each shard that was written.
-    written: dict[tuple[str, OutputName], dict[int, int]] = {}
+    blocks = deque(block for n, part in enumerate(parts) for block in part.blocks(n, is_strict=is_strict))
+    bad: list[dict[int, str]] = [{} for _ in parts]
+    contents = [part.contents.digests.copy() for part in parts]
+    written: dict[str, dict[OutputName, frozenset[str]]] = {part.store.folder: {} for part in parts}
     fits = _fits_here(config, encoder, progress.num_images)
-    images_per_block = max(part.store.layout.rows_per_shard * part.store.num_views for part in parts)
+    images_per_block = max(block.num_images for block in blocks)
     compile_for = images_per_block if resolve_compile(config, encoder, progress.num_images) else 0
     local = compute_here(encoder, blocks, max_seconds=2 * SECONDS_HERE, compile_for=compile_for) if fits else ()
     remote = _compute_in_workers(config, encoder, blocks, progress, images_per_block, compile_for)
     for summary in chain(local, remote):
+        part, rows = parts[summary.part], summary.rows
         if summary.not_compiled is not None:
             progress.notice = f"the encoder {encoder.info.name} computes without torch.compile: {summary.not_compiled}"
-        progress.add(summary.num_images)
+        progress.add(summary.num_images, summary.num_computed)
         interrupts.check()
-        for output, num_bytes in summary.written.items():
-            written.setdefault((summary.folder, output), {})[summary.shard] = num_bytes
+        contents[summary.part][rows] = summary.contents
+        for output, name in summary.written.items():
+            of_store = written[part.store.folder]
+            of_store[output] = of_store.get(output, frozenset()) | {name}
+        is_new = ~part.contents.is_known[rows]
+        if is_new.any():
+            uris = part.rows.table.column("uri").take(pa.array(rows[is_new]))
+            record_files(root, uris, part.contents.versions[rows[is_new]], summary.contents[is_new])
         if summary.bad:
             # Wrong folders or keys must not cost the whole pass.
-            bad[summary.folder].update(summary.bad)
-            _check_limits(config, by_folder[summary.folder], bad[summary.folder])
+            bad[summary.part].update(summary.bad)
+            _check_limits(config, part, bad[summary.part])
     if progress.seconds_per_image is not None:
         pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
-        for part in parts:
-            storage.write_bytes(storage.join(part.store.folder, PACE_FILE), pace.encode())
-    for (folder, output), shards in written.items():
-        by_folder[folder].store.mark_verified(output, shards, bad[folder])
-    return progress.notice
+        for folder in written:
+            storage.write_bytes(storage.join(folder, PACE_FILE), pace.encode())
+    return _Filled(contents, written, progress.notice)
 
 
 def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:
@@ -233,23 +263,27 @@ def seconds_per_image(folder: str) -> float | None:
 class _Progress:
     """Reports the images done, the speed and the remaining time; the workers' start does not count for the speed."""
 
-    def __init__(self, num_images: int, report: Report) -> None:
-        self.num_images, self.done, self.report = num_images, 0, report
+    def __init__(self, num_images: int, num_known: int, report: Report) -> None:
+        self.num_images, self.num_known, self.done, self.report = num_images, num_known, 0, report
         # Timing begins once each worker has had time for a block: when the first ends, the others have nearly ended.
         self.num_encoder_workers, self._num_blocks = 1, 0
         self._timed_from: tuple[int, float] | None = None
         # Seconds of the whole cluster; None before two blocks have ended.
         self.seconds_per_image: float | None = None
+        self.num_computed = 0
         # Ends each line, so that a long pass shows it while it runs.
         self.notice = ""
         self._lock = threading.Lock()
 
     def begin(self) -> None:
         """Report the number of images."""
-        self._print(f"features: {self.num_images:,} images to compute")
+        known = f"{self.num_known:,} images known, " if self.num_known else ""
+        self._print(f"features: {known}{self.num_images:,} images to compute")
 
-    def add(self, num_images: int) -> None:
+    def add(self, num_images: int, num_computed: int) -> None:
+        """Count a block's images, and those of them that were not known after all."""
         self.done += num_images
+        self.num_computed += num_computed
         self._num_blocks += 1
         now = time.monotonic()
         if self._num_blocks == self.num_encoder_workers:
@@ -260,7 +294,8 @@ class _Progress:
             self.seconds_per_image = (now - started) / (self.done - done_before)
             remaining = (self.num_images - self.done) * self.seconds_per_image
             text += f", {1 / self.seconds_per_image:,.0f} a second, {remaining:,.0f} s left"
-        self._print(text)
+        copies = self.done - self.num_computed
+        self._print(text + (f"; {copies:,} were known by their content" if copies else ""))
 
     def wait(self, reason: str) -> None:
         """Report why nothing goes on, from any thread."""
@@ -289,17 +324,20 @@ def _write_encoder_tensors(folder: str, encoder: Encoder) -> None:
         storage.write_bytes(path, data)
 
 
-def _check_quarantine(config: TrialConfig, part: PendingPart, outputs: Sequence[OutputName], report: Report) -> None:
+def _check_quarantine(
+    config: TrialConfig, part: PendingPart, places: Mapping[OutputName, Places], report: Report
+) -> None:
     """Report how many images are left out; raises ImbvlmError for any under `on_bad_image: strict`."""
-    bad, split = FeatureStore.open(part.store.folder, outputs).quarantine, part.part.split
+    bad = {row: reason for each in places.values() for row, reason in each.reasons.items()}
     if not bad:
         return
-    name = part.rows.table.column("uri")[bad[0].row].as_py() or f"row {bad[0].row}"
+    split, first = part.part.split, min(bad)
+    name = part.rows.table.column("uri")[first].as_py() or f"row {first}"
     if config.data.on_bad_image == "strict":
-        raise bad_image_error(split, name, bad[0].reason)
-    _check_limits(config, part, {entry.row: entry.reason for entry in bad})
+        raise bad_image_error(split, name, bad[first])
+    _check_limits(config, part, bad)
     verb = "is" if len(bad) == 1 else "are"
-    report(f"{len(bad):,} of {part.store.num_rows:,} {split} images {verb} left out, such as {name}: {bad[0].reason}")
+    report(f"{len(bad):,} of {len(part.rows):,} {split} images {verb} left out, such as {name}: {bad[first]}")
 
 
 def _check_limits(config: TrialConfig, part: PendingPart, bad: Mapping[int, str]) -> None:

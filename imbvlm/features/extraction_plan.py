@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from imbvlm.base import storage
@@ -17,9 +18,13 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import FIVE_CROPS, Preprocess
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import LazyRows
+from imbvlm.features.earlier_store import EarlierStore
+from imbvlm.features.entry_index import Digests, entry_keys
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import ImageBlock
-from imbvlm.features.store_layout import STORE_FILE, StoreKey, StoreLayout
+from imbvlm.features.known_files import RowContents, merge_records, row_contents
+from imbvlm.features.store_layout import STORE_FILE, StoreError, StoreKey, StoreLayout
+from imbvlm.features.stored_split import Places
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_outputs import gains_from_compile
 from imbvlm.ray_runtime.cluster_resources import has_many_machines, ray_gpus
@@ -30,6 +35,8 @@ SHARD_BYTES = 96_000_000
 # Compiling takes a GPU's worker up to a minute, and saves a fifth of a pass or more: it pays after some 200 s of about
 # 1e14 operations each, 600,000 images of a ViT-B/16 or 60,000 of a ViT-L/14 at 336 px. Estimated, not measured.
 MIN_COMPILED_OPERATIONS = 2e16
+# Hexadecimal digits of the folders of version 0.1.
+EARLIER_DIGITS = 32
 # Small data is still cut into a few blocks, so that several workers share it.
 MIN_SHARDS = 8
 
@@ -44,41 +51,78 @@ class StorePart(NamedTuple):
 
 @dataclass(frozen=True)
 class PendingPart:
-    """A part of an extraction; `missing` maps a shard's number to the outputs to compute."""
+    """A part of an extraction; `missing` (N, views) has a bit for each of `outputs` that a crop lacks.
+
+    `contents` are those of the rows, `found` the places of what is stored, also by version 0.1 in `earlier`.
+    """
 
     part: StorePart
     store: FeatureStore
     rows: Manifest
-    missing: Mapping[int, tuple[OutputName, ...]]
+    outputs: tuple[OutputName, ...]
+    contents: RowContents
+    missing: npt.NDArray[np.uint8]
+    earlier: EarlierStore | None
 
     @property
     def num_images(self) -> int:
-        """Crops to compute."""
-        return sum(len(self.store.layout.rows_of(shard)) for shard in self.missing) * self.store.num_views
+        """Crops to compute, which may be fewer: files of unknown content may be copies."""
+        return int(np.count_nonzero(self.missing))
+
+    @property
+    def num_known(self) -> int:
+        """Crops that are stored."""
+        return self.missing.size - self.num_images
 
     def num_bytes(self, output: OutputName) -> int:
         """Bytes to write of an output."""
-        layout = self.store.layout
-        rows = sum(len(layout.rows_of(shard)) for shard, outputs in self.missing.items() if output in outputs)
-        return replace(layout, num_rows=rows).num_bytes(output) if rows else 0
+        if output not in self.outputs:
+            return 0
+        missing = int(np.count_nonzero(self.missing & (1 << self.outputs.index(output))))
+        return self.store.layout.num_bytes(output, missing)
 
-    def blocks(self, *, is_strict: bool) -> list[ImageBlock]:
-        """The missing shards as blocks for `load_block`; `is_strict` raises an error at a bad image."""
-        return [
-            ImageBlock(
-                folder=self.store.folder,
-                shard=shard,
-                outputs=outputs,
-                split=self.part.split,
-                first_row=rows.start,
-                num_views=self.store.num_views,
-                preprocess=self.part.preprocess,
-                is_strict=is_strict,
-                rows=LazyRows(self.rows.table, np.arange(rows.start, rows.stop)),
-            )
-            for shard, outputs in self.missing.items()
-            for rows in [self.store.layout.rows_of(shard)]
-        ]
+    def blocks(self, number: int, *, is_strict: bool) -> list[ImageBlock]:
+        """The missing crops as blocks for `load_block`; `is_strict` raises an error at a bad image."""
+        size = rows_per_shard(self.store.layout, self.part, len(self.rows))
+        lacking = np.bitwise_or.reduce(self.missing, axis=1)
+        blocks = []
+        # Rows that lack the same outputs share blocks.
+        for bits in np.unique(lacking[lacking > 0]).tolist():
+            rows = np.flatnonzero(lacking == bits)
+            outputs = tuple(output for bit, output in enumerate(self.outputs) if bits >> bit & 1)
+            for start in range(0, len(rows), size):
+                some = rows[start : start + size]
+                blocks.append(
+                    ImageBlock(
+                        folder=self.store.folder,
+                        part=number,
+                        outputs=outputs,
+                        split=self.part.split,
+                        rows=some,
+                        views=self.missing[some] > 0,
+                        contents=self.contents.digests[some],
+                        is_known=self.contents.is_known[some],
+                        preprocess=self.part.preprocess,
+                        is_strict=is_strict,
+                        images=LazyRows(self.rows.table, some),
+                    )
+                )
+        return blocks
+
+    def places(self, contents: Digests, written: Mapping[OutputName, frozenset[str]]) -> dict[OutputName, Places]:
+        """Where each view of each row lies; `written` names the shards of this run. Raises StoreError."""
+        keys, result = entry_keys(contents, self.part.num_views), {}
+        for output in self.outputs:
+            places = self.store.places(output, keys, written.get(output, frozenset()))
+            if self.earlier is not None:
+                places = self.earlier.places(output).or_else(places)
+            if (places.shard < 0).any():
+                raise StoreError(
+                    f"{self.store.output_folder(output)} lost images of the {self.part.split} split while they were "
+                    "computed. Start again to compute them."
+                )
+            result[output] = places.compact()
+        return result
 
 
 def num_views(config: TrialConfig, split: str) -> int:
@@ -100,13 +144,20 @@ def store_parts(
     return parts
 
 
-def plan_layout(config: TrialConfig, info: EncoderInfo, views: int, num_rows: int, digest: str) -> StoreLayout:
-    """The layout of a store, with shards that fit in SHARD_BYTES."""
-    precision = config.features.precision
-    largest = max(math.prod(shape) for shape in info.shapes.values()) * np.dtype(precision).itemsize
-    bytes_per_row = views * max(largest, 3 * info.image_size**2)
-    rows = min(ROWS_PER_SHARD, SHARD_BYTES // bytes_per_row, -(-num_rows // MIN_SHARDS))
-    return StoreLayout(digest, num_rows, views, max(1, rows), precision, info.shapes, config.features.int8_tokens)
+def plan_layout(
+    config: TrialConfig, info: EncoderInfo, digest: str, preprocess: Preprocess | None = None
+) -> StoreLayout:
+    """The layout of a store."""
+    features = config.features
+    crop = {} if preprocess is None else preprocess.to_dict()
+    return StoreLayout(digest, features.precision, info.shapes, features.int8_tokens, info.name, crop)
+
+
+def rows_per_shard(layout: StoreLayout, part: StorePart, num_rows: int) -> int:
+    """Rows whose crops make one shard, which fits in SHARD_BYTES."""
+    largest = max(math.prod(shape) for shape in layout.shapes.values()) * np.dtype(layout.precision).itemsize
+    bytes_per_row = part.num_views * max(largest, 3 * part.preprocess.image_size**2)
+    return max(1, min(ROWS_PER_SHARD, SHARD_BYTES // bytes_per_row, -(-num_rows // MIN_SHARDS)))
 
 
 def resolve_compute_dtype(config: TrialConfig, info: EncoderInfo) -> ComputeDtype:
@@ -151,7 +202,7 @@ def plan_part(
     *,
     is_dry_run: bool = False,
 ) -> PendingPart:
-    """The missing shards of one store, which is created where there is none.
+    """The crops of a split that a store lacks, which is created where there is none.
 
     A dry run writes nothing, and takes an existing shard for whole. Raises ImbvlmError for a split without rows.
     """
@@ -161,26 +212,36 @@ def plan_part(
             f"the manifest {config.data.manifest} has no {part.split} rows; it has {', '.join(manifest.splits)}."
         )
     key = StoreKey(
-        rows=rows.row_fingerprint(part.split),
         weights=encoder.info.weights_fingerprint,
         preprocess=part.preprocess.to_dict(),
-        num_views=part.num_views,
         precision=config.features.precision,
         computed_in=resolve_compute_dtype(config, encoder.info),
         token_pooling=encoder.info.token_pooling,
         int8_tokens=config.features.int8_tokens,
     )
-    layout = plan_layout(config, encoder.info, key.num_views, len(rows), key.digest)
+    layout = plan_layout(config, encoder.info, key.digest, part.preprocess)
     folder = storage.join(root, key.digest)
+    is_new = not storage.exists(storage.join(folder, STORE_FILE))
     if not is_dry_run:
         store = FeatureStore.create(folder, layout)
-    elif storage.exists(storage.join(folder, STORE_FILE)):
-        store = FeatureStore.open(folder)
+        merge_records(root)
     else:
-        store = FeatureStore(folder, layout)
-    missing: dict[int, tuple[OutputName, ...]] = {}
-    for output in outputs:
-        absent = set(range(store.layout.num_shards)) - set(store.present(output))
-        for shard in absent if is_dry_run else store.missing(output):
-            missing[shard] = (*missing.get(shard, ()), output)
-    return PendingPart(part, store, rows, dict(sorted(missing.items())))
+        store = FeatureStore(folder, layout) if is_new else FeatureStore.open(folder)
+    contents = row_contents(root, rows.table)
+    keys, earlier = entry_keys(contents.digests, part.num_views), _earlier_store(root, key, rows, part)
+    missing = np.zeros(keys.shape, dtype=np.uint8)
+    for bit, output in enumerate(outputs):
+        index = store.index(output, verify=not is_dry_run, record=not is_dry_run)
+        lacks = (index.find(keys) < 0) | ~contents.is_known[:, None]
+        if earlier is not None:
+            lacks &= earlier.places(output, verify=not is_dry_run).shard.reshape(keys.shape) < 0
+        missing |= lacks.astype(np.uint8) << bit
+    return PendingPart(part, store, rows, tuple(outputs), contents, missing, earlier)
+
+
+def _earlier_store(root: str, key: StoreKey, rows: Manifest, part: StorePart) -> EarlierStore | None:
+    """The store of version 0.1 for this split; its fingerprint takes time and is computed where such stores are."""
+    if not any(len(name) == EARLIER_DIGITS for name in storage.list_files(root)):
+        return None
+    digest = key.split_digest(rows.row_fingerprint(part.split), part.num_views)
+    return EarlierStore.open(storage.join(root, digest))

@@ -1,4 +1,4 @@
-"""The stores of one encoder's outputs that a trial reads, and their entries in this machine's cache."""
+"""One encoder's outputs of each split that a trial reads, and their entries in this machine's cache."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from imbvlm.base import storage
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.input_sections import EncoderConfig, FeatureCacheConfig
 from imbvlm.features.feature_cache import FeatureCache, PinnedCopy
-from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import TOWER_FILE, StoreError
+from imbvlm.features.stored_split import StoredSplit
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """The folders of one encoder's stored outputs, one for each official split; plain data that trials are given.
+    """One encoder's stored outputs: its store's folder, and a file for each official split; plain data for trials.
 
     `encoder` is the configuration of the encoder, valid in any working directory, for trials that run it themselves.
-    `five_crop` has the folders of the splits that are stored as five crops. Without `cache` trials read in place.
+    `five_crop` has the files of the splits that are stored as five crops. Without `cache` trials read in place.
     `notice` is a sentence for the user about the pass that has just stored them; empty without one.
     """
 
     manifest: str
-    folders: Mapping[str, str]
+    folder: str
+    splits: Mapping[str, str]
     outputs: tuple[OutputName, ...]
     info: EncoderInfo
     class_embeddings: str | None = None
@@ -39,22 +40,22 @@ class FeatureSet:
     cache: FeatureCacheConfig | None = None
     notice: str = field(default="", compare=False)
 
-    def store(self, split: str) -> FeatureStore:
-        """The store of an official split; raises StoreError where it was not extracted."""
-        if split not in self.folders:
-            raise StoreError(f"the {split} split has no stored features; extracted: {', '.join(self.folders)}.")
-        return self._open(self.folders[split])
+    def store(self, split: str) -> StoredSplit:
+        """The stored rows of an official split; raises StoreError where it was not extracted."""
+        if split not in self.splits:
+            raise StoreError(f"the {split} split has no stored features; extracted: {', '.join(self.splits)}.")
+        return self._open(self.splits[split])
 
-    def five_crops(self, split: str) -> FeatureStore:
-        """The store of five crops of each image."""
+    def five_crops(self, split: str) -> StoredSplit:
+        """The stored rows of a split as five crops of each image."""
         return self._open(self.five_crop[split])
 
-    def _open(self, folder: str) -> FeatureStore:
-        return FeatureStore.open(folder, self.outputs, None if self.cache is None else FeatureCache(self.cache))
+    def _open(self, path: str) -> StoredSplit:
+        return StoredSplit.open(path, self.outputs, None if self.cache is None else FeatureCache(self.cache))
 
     def encoder_tensors(self) -> dict[str, Tensor]:
         """The encoder's `final_norm.weight`, `final_norm.bias` and `projection`, as far as it has them."""
-        return load_tensors(storage.join(next(iter(self.folders.values())), TOWER_FILE))
+        return load_tensors(storage.join(self.folder, TOWER_FILE))
 
 
 def pin_features(
@@ -65,19 +66,19 @@ def pin_features(
     `of_test` are further outputs of the test split. Without space for all copies the returned set reads a shared file
     system in place. Raises CacheFullError for an object store.
     """
-    stores = [features.store(split) for split in features.folders]
+    stores = [features.store(split) for split in features.splits]
     stores += [features.five_crops(split) for split in features.five_crop]
     requests = [
         store.cache_request(output) for store in stores if store.cache is not None for output in sorted(set(outputs))
     ]
-    if "test" in features.folders:
+    if "test" in features.splits:
         test = features.store("test")
         more = sorted(set(of_test) - set(outputs))
         requests += [test.cache_request(output) for output in more if test.cache is not None]
     cache = stores[0].cache
     if cache is None or not requests:
         return features, []
-    if not all(storage.is_local(request.source) for request in requests):
+    if not storage.is_local(features.folder):
         return features, cache.pin(requests)
     try:
         cache.check_disk()

@@ -17,54 +17,71 @@ from torch import Tensor
 
 from imbvlm.base import storage
 from imbvlm.config.encoder_info import OutputName
-from imbvlm.data.manifest_schema import Rows, type_problem
+from imbvlm.data.manifest_schema import type_problem
+from imbvlm.features.entry_index import DIGEST_BYTES, Digests, Keys, binary_rows, keys_of_views
 from imbvlm.features.store_layout import Precision, StoreError, StoreLayout
 
 _SCALE = "scale"
+Integers = npt.NDArray[np.integer[Any]]
 
 
 class MappedShard(NamedTuple):
-    """A shard's values (rows, views, ...) as on disk, and for int8 the factor of each channel (D,)."""
+    """A shard's values (entries, ...) as on disk, and for int8 the factor of each channel (D,)."""
 
     values: npt.NDArray[Any]
     scales: npt.NDArray[np.float32] | None
 
 
-def is_intact(batch: pa.RecordBatch, layout: StoreLayout, output: OutputName, shard: int) -> bool:
-    """Whether a shard has the layout's schema and rows, and the checksum of its own metadata.
+def is_intact(batch: pa.RecordBatch, layout: StoreLayout, output: OutputName, shard: str) -> bool:
+    """Whether a shard has the layout's schema and the checksum of its own metadata.
 
     Raises ArrowInvalid for a record batch whose buffers contradict its schema.
     """
-    if not batch.schema.equals(_schema(output, layout)):
+    if not batch.schema.equals(_schema(output, layout, batch.schema.names[:1])):
         return False
     batch.validate(full=True)
-    if batch.num_rows != len(layout.rows_of(shard)) * layout.num_views:
-        return False
-    return bool(batch.schema.metadata == _metadata(layout.digest, output, shard, _checksum(batch, output)))
+    # Version 0.1 numbered shards: shard-00001.arrow says that it is shard 1.
+    label = shard if batch.schema.names[0] == "content" else str(int(shard[6:-6]))
+    return bool(batch.schema.metadata == _metadata(layout.digest, output, label, _checksum(batch, output)))
 
 
-def _metadata(digest: str, output: str, shard: int, checksum: int) -> dict[bytes, bytes]:
+def _metadata(digest: str, output: str, shard: str, checksum: int) -> dict[bytes, bytes]:
     """A shard's identity and checksum. They stand in its own file: two writers could mix up files next to it."""
-    facts = {"store": digest, "output": output, "shard": str(shard), "crc32": f"{checksum:08x}"}
+    facts = {"store": digest, "output": output, "shard": shard, "crc32": f"{checksum:08x}"}
     return {f"imbvlm.{name}".encode(): value.encode() for name, value in facts.items()}
 
 
-def _schema(output: OutputName, layout: StoreLayout) -> pa.Schema:
-    """One entry per row and view: the reason of a bad image or null, and the values. The first entry has the scales."""
+def _schema(output: OutputName, layout: StoreLayout, first: Sequence[str] = ("content",)) -> pa.Schema:
+    """An entry's image and view, the reason of a bad image or null, and the values. The first entry has the scales.
+
+    Version 0.1 wrote the row of a split in place of the content of its image.
+    """
     width, dtype = int(np.prod(layout.shapes[output])), layout.stored_as(output)
     values = pa.list_(pa.field("item", pa.from_numpy_dtype(dtype)), width)
-    columns = [("row", pa.int64()), ("view", pa.int16()), ("reason", pa.string()), (output, values)]
+    image = ("row", pa.int64()) if list(first) == ["row"] else ("content", pa.binary(DIGEST_BYTES))
+    columns = [image, ("view", pa.int16()), ("reason", pa.string()), (output, values)]
     return pa.schema([*columns, (_SCALE, pa.list_(pa.float32()))] if dtype == "int8" else columns)
 
 
 def _checksum(batch: pa.RecordBatch, output: OutputName) -> int:
     checksum = zlib.crc32(flat_values(batch, output).view(np.uint8).data)
-    for name in ("row", "view"):
-        checksum = zlib.crc32(batch.column(name).to_numpy().tobytes(), checksum)
+    images = batch.column(0)
+    is_numbered = pa.types.is_integer(images.type)
+    checksum = zlib.crc32(images.to_numpy().tobytes() if is_numbered else _contents(batch).tobytes(), checksum)
+    checksum = zlib.crc32(batch.column("view").to_numpy().tobytes(), checksum)
     scales = channel_scales(batch)
     if scales is not None:
         checksum = zlib.crc32(scales.tobytes(), checksum)
     return zlib.crc32(json.dumps(batch.column("reason").to_pylist()).encode(), checksum)
+
+
+def _contents(batch: pa.RecordBatch) -> Digests:
+    return binary_rows(pa.chunked_array([batch.column("content")]), DIGEST_BYTES)
+
+
+def shard_keys(batch: pa.RecordBatch) -> Keys:
+    """The keys of a shard's entries, in their order."""
+    return keys_of_views(_contents(batch), batch.column("view").to_numpy())
 
 
 def flat_values(batch: pa.RecordBatch, output: OutputName) -> npt.NDArray[Any]:
@@ -103,7 +120,7 @@ def empty_batch(shape: tuple[int, int], precision: Precision, pinned: bool) -> T
     return torch.from_numpy(np.empty(shape, dtype=precision))
 
 
-def copy_by_row(maps: Mapping[int, MappedShard], shards: Rows, indices: Rows, into: Tensor) -> None:
+def copy_by_row(maps: Mapping[int, MappedShard], shards: Integers, indices: Integers, into: Tensor) -> None:
     """Copy the entries at indices (B,) of shards (B,) into a batch (B, width), row by row."""
     # NumPy indexes a row in a fifth of torch's time; torch widens int8 in a third of NumPy's.
     if all(mapped.scales is None for mapped in maps.values()):
@@ -112,13 +129,13 @@ def copy_by_row(maps: Mapping[int, MappedShard], shards: Rows, indices: Rows, in
             row[:] = flat[shard][index]
         return
     scales = {shard: as_tensor(mapped.scales) for shard, mapped in maps.items() if mapped.scales is not None}
-    stored = {shard: as_tensor(mapped.values).view(-1, *mapped.values.shape[2:]) for shard, mapped in maps.items()}
+    stored = {shard: as_tensor(mapped.values) for shard, mapped in maps.items()}
     shape = next(iter(stored.values())).shape[1:]
     for row, shard, index in zip(into.view(-1, *shape), shards.tolist(), indices.tolist(), strict=True):
         torch.mul(stored[shard][index], scales[shard], out=row)
 
 
-def copy_by_shard(maps: Mapping[int, MappedShard], shards: Rows, indices: Rows, into: Tensor) -> None:
+def copy_by_shard(maps: Mapping[int, MappedShard], shards: Integers, indices: Integers, into: Tensor) -> None:
     """As `copy_by_row`, all entries of a shard at once: faster for many short rows, although it copies them twice."""
     gathered = into.numpy()
     for shard, (values, scales) in maps.items():
@@ -133,29 +150,36 @@ def copy_by_shard(maps: Mapping[int, MappedShard], shards: Rows, indices: Rows, 
 def to_arrow(
     layout: StoreLayout,
     output: OutputName,
-    shard: int,
+    shard: str,
+    contents: Digests,
+    views: npt.NDArray[np.integer[Any]],
     values: npt.NDArray[Any],
     scales: npt.NDArray[np.float32] | None,
     reasons: Sequence[str | None],
 ) -> pa.Buffer:
     """A shard's file: one record batch, with its checksum in the schema's metadata."""
-    rows = layout.rows_of(shard)
     schema = _schema(output, layout)
     flat = pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])
     columns = [
-        pa.array(np.repeat(np.arange(rows.start, rows.stop, dtype=np.int64), layout.num_views)),
-        pa.array(np.tile(np.arange(layout.num_views, dtype=np.int16), len(rows))),
-        pa.array([reason for reason in reasons for _ in range(layout.num_views)], pa.string()),
+        pa.Array.from_buffers(pa.binary(DIGEST_BYTES), len(contents), [None, pa.py_buffer(contents)]),
+        pa.array(views, pa.int16()),
+        pa.array(reasons, pa.string()),
         pa.FixedSizeListArray.from_arrays(flat, type=schema.field(output).type),
     ]
     if scales is not None:
-        columns.append(pa.array([scales, *[[]] * (len(rows) * layout.num_views - 1)], pa.list_(pa.float32())))
+        columns.append(pa.array([scales, *[[]] * (len(contents) - 1)], pa.list_(pa.float32())))
     batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     metadata = _metadata(layout.digest, output, shard, _checksum(batch, output))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema.with_metadata(metadata)) as writer:
         writer.write_batch(batch.replace_schema_metadata(metadata))
     return sink.getvalue()
+
+
+def map_shard(batch: pa.RecordBatch, layout: StoreLayout, output: OutputName) -> MappedShard:
+    """The values of a shard as on disk, which must not be written to."""
+    values = flat_values(batch, output).reshape(batch.num_rows, *layout.shapes[output])
+    return MappedShard(values, channel_scales(batch))
 
 
 def open_shard(path: str) -> pa.RecordBatch:

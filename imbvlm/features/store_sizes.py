@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
@@ -31,12 +32,11 @@ def store_bytes(
     splits: Sequence[str],
 ) -> dict[OutputName, int]:
     """Bytes on disk of each output over some official splits."""
-    sizes = _sizes(config, manifest, splits)
+    num_entries = num_crops(config, manifest, splits)
     if config.eval.tte == "five_crop" and "test" in splits:
-        sizes.append((len(manifest.rows_of("test")), len(FIVE_CROPS)))
-    layouts = [plan_layout(config, info, views, num_rows, "") for num_rows, views in sizes if num_rows]
-    stored = outputs_to_store(config, info, outputs)
-    return {output: sum(layout.num_bytes(output) for layout in layouts) for output in stored}
+        num_entries += len(manifest.rows_of("test")) * len(FIVE_CROPS)
+    layout = plan_layout(config, info, "")
+    return {output: layout.num_bytes(output, num_entries) for output in outputs_to_store(config, info, outputs)}
 
 
 def outputs_to_store(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> list[OutputName]:
@@ -74,7 +74,8 @@ def check_disk_space(
     if free is not None and needed * DISK_MARGIN + other_bytes > free:
         parts = [part for config in configs for part in _pending_parts(config, manifest, root, outputs)]
         # Encoders may share a store.
-        check_parts_fit(configs, root, list({part.store.folder: part for part in parts}.values()), other_bytes)
+        unique = {(part.store.folder, part.part.split, part.part.num_views): part for part in parts}
+        check_parts_fit(configs, root, list(unique.values()), other_bytes)
     if not storage.is_local(root):
         for config, info in described:
             source = f"what a trial of {config.encoder.name} reads of {root}"
@@ -83,30 +84,38 @@ def check_disk_space(
 
 def num_crops(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> int:
     """Crops of some official splits that training and evaluation read."""
-    return sum(num_rows * views for num_rows, views in _sizes(config, manifest, splits))
-
-
-def _sizes(config: TrialConfig, manifest: Manifest, splits: Sequence[str]) -> list[tuple[int, int]]:
-    """Rows and views of some official splits, without five crops."""
-    return [(len(manifest.rows_of(split)), num_views(config, split)) for split in splits]
+    return sum(len(manifest.rows_of(split)) * num_views(config, split) for split in splits)
 
 
 def bytes_per_image(config: TrialConfig, info: EncoderInfo, outputs: frozenset[OutputName]) -> int:
     """Bytes of these outputs for one crop."""
-    layout = plan_layout(config, info, 1, 1, "")
+    layout = plan_layout(config, info, "")
     return sum(layout.num_bytes(output) for output in outputs)
+
+
+class Pending(NamedTuple):
+    """Crops that a pass would still compute, bytes that it would write, and crops that are stored."""
+
+    num_images: int
+    num_bytes: int
+    num_known: int
 
 
 @existing_cluster()
 def pending_images(
     config: TrialConfig, manifest: Manifest, root: str, outputs: frozenset[OutputName], splits: Sequence[str]
-) -> tuple[int, int]:
-    """Crops that a pass would still compute, and bytes that it would write, by the shards that exist now.
+) -> Pending:
+    """The crops that a pass would still compute, by what is stored now.
 
-    Needs the weights. Writes nothing, and takes an existing shard for whole. Raises ImbvlmError.
+    Files of unknown content count as new, although some may be copies. Needs the weights. Writes nothing, and takes an
+    existing shard for whole. Raises ImbvlmError.
     """
     parts = _pending_parts(config, manifest, root, outputs, splits)
-    return sum(part.num_images for part in parts), sum(part.num_bytes(output) for part in parts for output in outputs)
+    return Pending(
+        sum(part.num_images for part in parts),
+        sum(part.num_bytes(output) for part in parts for output in outputs),
+        sum(part.num_known for part in parts),
+    )
 
 
 def _pending_parts(
@@ -169,7 +178,9 @@ def check_cache_size(
     cache: FeatureCacheConfig | None, root: str, outputs: Sequence[OutputName], parts: Sequence[PendingPart]
 ) -> None:
     """Raise CacheFullError where the cache can't hold all splits of the largest output, which a trial reads."""
-    num_bytes = {output: sum(part.store.layout.num_bytes(output) for part in parts) for output in outputs}
+    num_bytes = {
+        output: sum(part.store.layout.num_bytes(output, part.missing.size) for part in parts) for output in outputs
+    }
     if num_bytes:
         largest = max(num_bytes, key=num_bytes.__getitem__)
         _check_cache_fits(cache, f"{largest} of {root}", num_bytes[largest])

@@ -20,8 +20,8 @@ from imbvlm.data.manifest import LabelRows, label_rows
 from imbvlm.data.manifest_schema import Rows
 from imbvlm.data.splits import carve_validation, lost_classes
 from imbvlm.features.feature_set import FeatureSet, load_tensors
-from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError
+from imbvlm.features.stored_split import StoredSplit
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.model_inputs import ModelInputs
@@ -29,12 +29,12 @@ from imbvlm.models.model_inputs import ModelInputs
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of one store with their labels (N,); index i of a batch is the i-th of these rows.
+    """Rows of one split with their labels (N,); index i of a batch is the i-th of these rows.
 
     Training draws from the first `num_views` stored views of each. `groups` (N,) are those of the manifest, if any.
     """
 
-    store: FeatureStore
+    store: StoredSplit
     rows: Rows
     labels: Rows
     num_views: int = 1
@@ -208,11 +208,11 @@ def _check_encoder(config: TrialConfig, features: FeatureSet) -> None:
 
 
 def _stored_rows(
-    store: FeatureStore, table: LabelRows, split_rows: Rows, keep: npt.NDArray[np.bool_], num_views: int
+    store: StoredSplit, table: LabelRows, split_rows: Rows, keep: npt.NDArray[np.bool_], num_views: int
 ) -> StoredRows:
     if store.num_rows != len(split_rows):
         raise StoreError(
-            f"the manifest has {len(split_rows)} rows where the store {store.folder} has {store.num_rows}: it was "
+            f"the manifest has {len(split_rows)} rows where {store.path} has {store.num_rows}: it was "
             "changed after extraction. Start again to extract anew."
         )
     rows = np.flatnonzero(keep & store.ok)
@@ -226,7 +226,7 @@ def _class_embeddings(features: FeatureSet) -> Tensor | None:
     return load_tensors(features.class_embeddings)["class_embeddings"]
 
 
-def _warnings(table: LabelRows, store: FeatureStore) -> tuple[str, ...]:
+def _warnings(table: LabelRows, store: StoredSplit) -> tuple[str, ...]:
     """A sentence about the classes whose training images could not be decoded."""
     lost = lost_classes(table.labels[table.rows_of("train")], store.ok)
     if not lost.size:

@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import pyarrow as pa
 import torch
+from made_stores import append, made_contents
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, from_numpy, nn
@@ -60,20 +61,20 @@ def stored_features(
     centres = generator.normal(size=(num_classes, width)).astype(np.float32)
     labels = {"train": long_tail(num_rows, num_classes), "val": np.arange(num_val) % num_classes}
     folder.mkdir(parents=True, exist_ok=True)
+    layout = StoreLayout("made", "float16", about.shapes, int8_tokens)
+    store, splits = FeatureStore.create(str(folder / layout.digest), layout), {}
     for split, of_split in labels.items():
+        contents = made_contents(split, len(of_split))
         for output in outputs:
             shape = about.shapes[output]
             per_shard = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
-            layout = StoreLayout(split, len(of_split), 1, per_shard, "float16", about.shapes, int8_tokens)
-            store = FeatureStore.create(str(folder / split), layout)
-            for shard in range(store.layout.num_shards):
-                rows = store.layout.rows_of(shard)
-                middle = centres[of_split[rows.start : rows.stop]].reshape(
-                    len(rows), 1, *(1,) * (len(shape) - 1), width
-                )
-                values = middle + noise * generator.standard_normal((len(rows), 1, *shape), dtype=np.float32)
-                store.write(output, shard, scale * values, [None] * len(rows))
-        save_file({"final_norm.weight": ones(width), "final_norm.bias": 0 * ones(width)}, folder / split / TOWER_FILE)
+            for start in range(0, len(of_split), per_shard):
+                some = slice(start, start + per_shard)
+                middle = centres[of_split[some]].reshape(-1, 1, *(1,) * (len(shape) - 1), width)
+                values = middle + noise * generator.standard_normal((len(middle), 1, *shape), dtype=np.float32)
+                append(store, output, contents[some], scale * values)
+        splits[split] = store.write_split(contents, 1, outputs)
+    save_file({"final_norm.weight": ones(width), "final_norm.bias": 0 * ones(width)}, f"{store.folder}/{TOWER_FILE}")
     table = pa.table(
         {
             "bytes": [str(number).encode() for number in range(sum(map(len, labels.values())))],
@@ -83,7 +84,7 @@ def stored_features(
     )
     manifest = str(folder / "manifest.parquet")
     Manifest.build(table, [f"class {number}" for number in range(num_classes)], "made").write(manifest)
-    return FeatureSet(manifest, {split: str(folder / split) for split in labels}, outputs, about)
+    return FeatureSet(manifest, store.folder, splits, outputs, about)
 
 
 def ones(width: int) -> Tensor:

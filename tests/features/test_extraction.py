@@ -1,5 +1,6 @@
 """Extraction: what is missing is computed once, bad images are left out, what can't be held is refused."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -108,7 +109,7 @@ def extract(
 
 
 def shard_times(features: FeatureSet) -> dict[str, int]:
-    files = [path for folder in features.folders.values() for path in Path(folder).rglob("*.arrow")]
+    files = Path(features.folder).rglob("*.arrow")
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 
@@ -118,15 +119,21 @@ def shard_times(features: FeatureSet) -> dict[str, int]:
 def test_loading_gives_the_crops_of_every_view(tmp_path: Path) -> None:
     manifest = make_data(tmp_path, broken=(2,))
     preprocess = Preprocess(SIZE, resize=8 / 7)
-    rows = LazyRows(manifest.table, np.arange(1, 4))
-    block = ImageBlock("store", 0, ("pooled",), "train", 1, 2, preprocess, False, rows)
+    rows, views = np.arange(1, 4), np.ones((3, 2), np.bool_)
+    images = LazyRows(manifest.table, rows)
+    unknown = np.zeros((3, 16), np.uint8), np.zeros(3, np.bool_)
+    block = ImageBlock(
+        str(tmp_path / "store"), 0, ("pooled",), "train", rows, views, *unknown, preprocess, False, images
+    )
     assert block.describe() == "train images 1 to 3"
     loaded = load_block(block)
     assert loaded.images.shape == (6, 3, SIZE, SIZE)
     assert loaded.reasons == [None, "truncated", None]
-    pixels = decode(Path(manifest.table.column("uri")[3].as_py()).read_bytes())
-    assert np.array_equal(loaded.images[4], preprocess.apply(pixels, 0, 3))
-    assert np.array_equal(loaded.images[5], preprocess.apply(pixels, 1, 3))
+    data = Path(manifest.table.column("uri")[3].as_py()).read_bytes()
+    content = hashlib.blake2b(data, digest_size=16).digest()
+    assert loaded.contents[2].tobytes() == content
+    assert np.array_equal(loaded.images[4], preprocess.apply(decode(data), 0))
+    assert np.array_equal(loaded.images[5], preprocess.apply(decode(data), 1, int.from_bytes(content)))
     assert not loaded.images[2:4].any()
     with pytest.raises(
         ImbvlmError, match=r"train image .*2\.png can't be used: truncated. data.on_bad_image is strict"
@@ -248,8 +255,10 @@ def test_stored_numbers_are_the_towers(tmp_path: Path, tower: str) -> None:
     assert features.info == encoder.info
     uris = manifest.table.column("uri").to_pylist()
     for split, row, view in [("train", 0, 0), ("train", NUM_TRAIN - 1, 1), ("val", 2, 0)]:
-        pixels = decode(Path(uris[row + (NUM_TRAIN if split == "val" else 0)]).read_bytes())
-        expected = encoder.forward_images(torch.from_numpy(encoder.preprocess.apply(pixels, view, row))[None])
+        data = Path(uris[row + (NUM_TRAIN if split == "val" else 0)]).read_bytes()
+        content = int.from_bytes(hashlib.blake2b(data, digest_size=16).digest())
+        crop = encoder.preprocess.apply(decode(data), view, content)
+        expected = encoder.forward_images(torch.from_numpy(crop)[None])
         store = features.store(split)
         for output in ALL:
             got = store.gather(output, np.array([row]), np.array([view]))
@@ -275,7 +284,7 @@ def test_a_pass_of_seconds_on_a_machine_of_ones_own_needs_no_workers(
     manifest = make_data(tmp_path)
     with nullcontext() if here else pytest.raises(ConnectionError, match="Ray is asked for"):
         features, _ = extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"}, splits=("val",))
-        assert not features.store("val").missing("pooled")
+        assert len(features.store("val").gather("pooled", np.arange(NUM_VAL))) == NUM_VAL
 
 
 @pytest.mark.parametrize("is_late", [False, True])
@@ -288,7 +297,7 @@ def test_blocks_that_this_process_has_no_time_for_are_left_to_workers(
     encoder = create_encoder(config.encoder, config.eval)
     (part,) = store_parts(config, encoder.preprocess, ("train",), ())
     pending = plan_part(config, manifest, str(tmp_path / "features"), ("pooled",), encoder, part)
-    blocks = deque(pending.blocks(is_strict=False))
+    blocks = deque(pending.blocks(0, is_strict=False))
     num_blocks, max_seconds = len(blocks), 1.0 if is_late else 60.0
     summaries = compute_here(encoder, blocks, max_seconds=max_seconds)
     done = [next(summaries)]
@@ -297,8 +306,8 @@ def test_blocks_that_this_process_has_no_time_for_are_left_to_workers(
     done += summaries
     # The first block and the one that is loaded ahead of it are computed.
     assert len(done) == (2 if is_late else num_blocks)
-    assert [block.shard for block in blocks] == list(range(len(done), num_blocks))
-    assert list(pending.store.present("pooled")) == list(range(len(done)))
+    assert sum(len(summary.rows) for summary in done) + sum(len(block.rows) for block in blocks) == NUM_TRAIN
+    assert len(pending.store.index("pooled").keys) == sum(summary.num_computed for summary in done)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +348,7 @@ def test_compiled_features_are_those_of_the_same_store(
     compiled, lines = extract(
         tmp_path, trial(tmp_path, tower, {**EXACT, "compile": True}), manifest, outputs, splits=("val",)
     )
-    assert compiled.folders == plain.folders
+    assert compiled.folder == plain.folder
     torch.testing.assert_close(compiled.store("val").gather("pooled", np.arange(NUM_VAL)), expected)
     assert compiled.notice == ""
     assert not any("torch.compile" in line for line in lines)
@@ -356,7 +365,7 @@ def test_where_an_encoder_cannot_be_compiled_the_pass_goes_on_and_says_so(
     sentence = f"the encoder {tower} computes without torch.compile: RuntimeError: no C compiler"
     assert features.notice == sentence
     assert lines[-1].endswith(f"; {sentence}")
-    assert not features.store("val").missing("pooled")
+    assert len(features.store("val").gather("pooled", np.arange(NUM_VAL))) == NUM_VAL
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -375,7 +384,7 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(
     assert not torch.equal(got, whole)
     plain = trial(tmp_path, tower, EXACT)
     other, said = extract(tmp_path, plain, manifest, {"pooled"}, splits=("val",))
-    assert other.folders != features.folders
+    assert other.folder != features.folder
     assert f"features: {NUM_VAL} images to compute" in said
     # The default precision on a CPU, with units for it and without.
     for has_them, same in ((True, features), (False, other)):
@@ -383,7 +392,7 @@ def test_a_tower_that_computes_in_bfloat16_has_a_store_of_its_own(
         by_itself, said = extract(
             tmp_path, trial(tmp_path, tower, {"precision": "float32"}), manifest, {"pooled"}, splits=("val",)
         )
-        assert by_itself.folders == same.folders
+        assert by_itself.folder == same.folder
         assert not said
 
 
@@ -409,7 +418,7 @@ def test_a_running_cluster_decides_what_the_tower_computes_in(
     monkeypatch.setattr("imbvlm.ray_runtime.connection.ray_session", connected)
     monkeypatch.setattr("imbvlm.features.extraction.has_many_machines", lambda: is_connected)
     monkeypatch.setattr("imbvlm.features.extraction_plan.has_many_machines", lambda: is_connected)
-    assert pending_images(trial(tmp_path, tower), manifest, root, outputs, ("val",)) == (0, 0)
+    assert pending_images(trial(tmp_path, tower), manifest, root, outputs, ("val",)) == (0, 0, NUM_VAL)
     assert extract(tmp_path, trial(tmp_path, tower), manifest, outputs, splits=("val",))[1] == []
 
 
@@ -420,7 +429,7 @@ def test_a_ctrl_c_of_which_a_library_makes_nothing_ends_the_pass(
     """As in a `__del__`, of which Python ignores what is raised."""
     told: list[int] = []
 
-    def add(_: object, num_images: int) -> None:
+    def add(_: object, num_images: int, num_computed: int) -> None:
         told.append(num_images)
         if len(told) == 1:
             with suppress(KeyboardInterrupt):
@@ -442,7 +451,7 @@ def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str)
     assert shard_times(again) == first
 
     store = features.store("train")
-    damaged, gone = store.shard_path("pooled", 1), store.shard_path("pooled", 2)
+    damaged, gone = (str(tmp_path / "features" / path) for path in store.places["pooled"].paths[1:3])
     before = store.gather("pooled", np.arange(NUM_TRAIN)).clone()
     content = bytearray(Path(damaged).read_bytes())
     content[len(content) // 2] ^= 255
@@ -456,9 +465,9 @@ def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str)
 
     kept = shard_times(features)
     more, _ = extract(tmp_path, config, manifest, {"pooled", "tokens"})
-    assert more.folders == features.folders
+    assert more.folder == features.folder
     assert kept.items() <= shard_times(more).items()
-    assert more.store("train").missing("tokens") == []
+    assert len(more.store("train").gather("tokens", np.arange(NUM_TRAIN))) == NUM_TRAIN
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -515,7 +524,7 @@ def test_a_pass_over_files_that_are_gone_ends_long_before_its_end(tmp_path: Path
 def test_small_things_beside_the_shards_are_made_again(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower)
     features, _ = extract(tmp_path, config, manifest)
-    text, norms = Path(features.class_embeddings), Path(features.folders["train"]) / "tower.safetensors"
+    text, norms = Path(features.class_embeddings), Path(features.folder) / "tower.safetensors"
     # Copies: what safetensors loads is a map of the file that is damaged next.
     expected, tensors = safetensors.torch.load(text.read_bytes()), safetensors.torch.load(norms.read_bytes())
     for path in (text, norms):
@@ -595,12 +604,12 @@ def test_a_killed_pass_goes_on_and_a_complete_one_starts_no_ray(tmp_path: Path) 
     process.wait()
     time.sleep(5)
     store = FeatureStore.open(str(next((tmp_path / "features").glob("*/store.json")).parent))
-    left = store.missing("tokens")
     kept = {path: path.stat().st_mtime_ns for path in Path(store.folder).glob("*/*.arrow")}
     assert kept
+    left = 2480 - len(store.index("tokens").keys)
     assert left
     output = _start(tmp_path, config, "ray").communicate(timeout=150)[0]
-    assert f"{2480 - len(kept) // 2 * 310:,} images to compute" in output
-    assert store.missing("tokens") == store.missing("pooled") == []
+    assert f"{left:,} images to compute" in output
+    assert len(store.index("tokens").keys) == len(store.index("pooled").keys) == 2480
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     assert "ray started: False" in _start(tmp_path, config, "no").communicate(timeout=150)[0]

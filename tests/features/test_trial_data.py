@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from made_stores import stored_split
 from tiny_data import tiny_info
 
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
 from imbvlm.features.trial_data import TrialData
 
@@ -41,18 +41,15 @@ def config(path: Path, **encoder: Any) -> TrialConfig:
 def features(folder: Path, splits: dict[str, list[int]], bad: tuple[int, ...] = (), num_views: int = 2) -> FeatureSet:
     """A store for each split whose pooled numbers are row + view / 10."""
     manifest(splits).write(str(folder / "manifest.parquet"))
-    folders = {}
+    splits_of, layout = {}, StoreLayout("store", "float32", {"pooled": (1,)})
     for split, labels in splits.items():
         views = num_views if split == "train" else 1
-        layout = StoreLayout(split, len(labels), views, 4, "float32", {"pooled": (1,)})
-        store = FeatureStore.create(str(folder / split), layout)
-        for shard in range(layout.num_shards):
-            rows = np.array(layout.rows_of(shard))
-            values = (rows[:, None] + np.arange(views) / 10)[:, :, None]
-            store.write("pooled", shard, values, ["gone" if split == "train" and row in bad else None for row in rows])
-        (folder / split / "tower.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-        folders[split] = str(folder / split)
-    return FeatureSet(str(folder / "manifest.parquet"), folders, ("pooled",), tiny_info())
+        values = (np.arange(len(labels))[:, None] + np.arange(views) / 10)[:, :, None]
+        splits_of[split] = stored_split(
+            folder, layout, {"pooled": values}, name=split, per_shard=4, bad=bad if split == "train" else ()
+        )
+    (folder / "store" / "tower.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    return FeatureSet(str(folder / "manifest.parquet"), str(folder / "store"), splits_of, ("pooled",), tiny_info())
 
 
 def rows_read(examples: Any) -> list[int]:
@@ -111,5 +108,5 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"asks for encoder tiny at 64 px.*tiny at 32 px"):
         TrialData.open(config(path, image_size=64), stored)
     manifest({"train": TRAIN[:-1]}).write(str(path))
-    with pytest.raises(StoreError, match=r"18 rows where the store .* has 19"):
+    with pytest.raises(StoreError, match=r"18 rows where .* has 19"):
         TrialData.open(config(path), stored)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from made_stores import stored_split
 from safetensors.torch import save_file
 
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo
@@ -20,7 +21,6 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import TOWER_FILE, StoreLayout
 from imbvlm.features.trial_data import TrialData
 
@@ -64,20 +64,23 @@ def tiny_features(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUN
         "val": np.repeat(np.arange(num_classes), VAL_PER_CLASS),
         "test": np.repeat(np.arange(num_classes), VAL_PER_CLASS),
     }
+    splits, info = {}, tiny_info()
+    layout = StoreLayout("store", "float16", {name: info.shapes[name] for name in OUTPUT_NAMES})
     for split in labels:
         noise = generator.normal(size=(len(labels[split]), NUM_VIEWS, NUM_TOKENS, WIDTH))
         tokens = centres[labels[split]][:, None, None] + noise
         first = tokens[:, :, 0] - tokens[:, :, 0].mean(axis=-1, keepdims=True)
         pooled = first / np.sqrt(first.var(axis=-1, keepdims=True) + 1e-6) * norm_weight + norm_bias
-        _write_store(Path(folder) / split, {"tokens": tokens, "pooled": pooled, "image_embedding": pooled @ projection})
-        _write_tensors(Path(folder) / split / TOWER_FILE, tower)
+        outputs = {"tokens": tokens, "pooled": pooled, "image_embedding": pooled @ projection}
+        outputs = {name: values.astype(np.float32) for name, values in outputs.items()}
+        splits[split] = stored_split(Path(folder), layout, outputs, name=split)
+    _write_tensors(Path(folder) / layout.digest / TOWER_FILE, tower)
     text = centres @ projection
     text_file = Path(folder) / "text.safetensors"
     _write_tensors(text_file, {"class_embeddings": text / np.linalg.norm(text, axis=-1, keepdims=True)})
     manifest = str(Path(folder) / "manifest.parquet")
     _manifest(labels, num_classes).write(manifest)
-    folders = {split: str(Path(folder) / split) for split in labels}
-    return FeatureSet(manifest, folders, OUTPUT_NAMES, tiny_info(), str(text_file))
+    return FeatureSet(manifest, str(Path(folder) / layout.digest), splits, OUTPUT_NAMES, info, str(text_file))
 
 
 @functools.cache
@@ -131,17 +134,6 @@ def _manifest(labels: dict[str, np.ndarray], num_classes: int) -> Manifest:
         }
     )
     return Manifest.build(table, [f"class {number}" for number in range(num_classes)], "tiny")
-
-
-def _write_store(folder: Path, outputs: dict[str, np.ndarray]) -> None:
-    num_rows = len(outputs["tokens"])
-    shapes = {name: outputs[name].shape[2:] for name in OUTPUT_NAMES}
-    layout = StoreLayout(folder.name, num_rows, NUM_VIEWS, 100, "float16", shapes)
-    store = FeatureStore.create(str(folder), layout)
-    for name in OUTPUT_NAMES:
-        for shard in range(layout.num_shards):
-            rows = layout.rows_of(shard)
-            store.write(name, shard, outputs[name][rows.start : rows.stop].astype(np.float32), [None] * len(rows))
 
 
 def _write_tensors(path: Path, values: dict[str, np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +28,14 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class ListedFile(NamedTuple):
-    """A file's path below the listed root, and its size in bytes.
+    """A file's path below the listed root, and its size in bytes; an object has a number of its content, too.
 
     The size is -1 for a broken link, a link to a folder above it, a pipe or a device.
     """
 
     path: str
     num_bytes: int
+    version: int = -1
 
 
 def list_tree(root: str) -> list[ListedFile]:
@@ -42,12 +44,9 @@ def list_tree(root: str) -> list[ListedFile]:
     return sorted(file for file in files if not is_hidden(file.path))
 
 
-def listed_objects(uris: Sequence[str]) -> dict[str, int]:
-    """Sizes in bytes of the existing objects below the deepest common folder of each bucket's uris.
-
-    Raises StorageError.
-    """
-    present: dict[str, int] = {}
+def listed_objects(uris: Sequence[str]) -> dict[str, ListedFile]:
+    """The existing objects below the deepest common folder of each bucket's uris, by uri. Raises StorageError."""
+    present: dict[str, ListedFile] = {}
     by_bucket: dict[str, list[str]] = {}
     for uri in uris:
         by_bucket.setdefault("/".join(uri.split("/", 3)[:3]), []).append(uri)
@@ -55,7 +54,7 @@ def listed_objects(uris: Sequence[str]) -> dict[str, int]:
         low, high = min(group), max(group)
         same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
         folder = low[:same].rpartition("/")[0]
-        present |= {f"{folder}/{file.path}": file.num_bytes for file in list_tree(folder)}
+        present |= {f"{folder}/{file.path}": file for file in list_tree(folder)}
     return present
 
 
@@ -64,13 +63,22 @@ def file_sizes(uris: Sequence[str]) -> npt.NDArray[np.int64]:
 
     Raises StorageError where a store can't be listed.
     """
-    sizes = file_states(uris)[:, 0]
+    return file_versions(uris)[:, 0]
+
+
+def file_versions(uris: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Size and modification time (N, 2) of the files that contain the images, of an object the number of its content.
+
+    Both are -1 for missing files. Raises StorageError where a store can't be listed.
+    """
+    versions = file_states(uris)
     remote = {row: file_names(uri) for row, uri in enumerate(uris) if not storage.is_local(uri)}
     if remote:
         present = listed_objects([name for names in remote.values() for name in names])
         for row, names in remote.items():
-            sizes[row] = next((present[name] for name in names if name in present), -1)
-    return sizes
+            file = next((present[name] for name in names if name in present), None)
+            versions[row] = (-1, -1) if file is None else (file.num_bytes, file.version)
+    return versions
 
 
 def is_hidden(path: str) -> bool:
@@ -131,7 +139,7 @@ def _list_s3(root: str) -> list[ListedFile]:
                 files += part
     if not files:
         raise storage.StorageError(f"{root} has no objects below it; check bucket and prefix")
-    return [ListedFile(file.path[len(prefix) :], file.num_bytes) for file in files if not file.path.endswith("/")]
+    return [file._replace(path=file.path[len(prefix) :]) for file in files if not file.path.endswith("/")]
 
 
 def _level(client: Any, bucket: str, prefix: str) -> tuple[list[ListedFile], list[str]]:
@@ -149,7 +157,15 @@ def _pages(client: Any, **options: str) -> list[dict[str, Any]]:
 
 
 def _files_of(pages: Sequence[Mapping[str, Any]]) -> list[ListedFile]:
-    return [ListedFile(item["Key"], item["Size"]) for page in pages for item in page.get("Contents", ())]
+    return [
+        ListedFile(item["Key"], item["Size"], _number_of(item["ETag"]))
+        for page in pages
+        for item in page.get("Contents", ())
+    ]
+
+
+def _number_of(etag: str) -> int:
+    return int.from_bytes(hashlib.blake2b(etag.encode(), digest_size=7).digest())
 
 
 def file_states(uris: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -227,7 +227,7 @@ def compare_encoder(
     )
     try:
         features = ensure_features(config, sample, root, OUTPUTS, ("train",), report=report)
-        seconds = seconds_per_image(features.folders["train"])
+        seconds = seconds_per_image(features.folder)
         folds = TrialData.open_folds(config, features, NUM_FOLDS, table=sample.label_rows())
         scores = {}
         for head, (head_config, patience) in _heads(encoder).items():

@@ -231,7 +231,11 @@ def _encoder_line(plan: Plan, encoder: PlannedEncoder) -> str:
     if plan.manifest is None:
         return f"{text}; {encoder.num_bytes / 1e3:,.0f} kB an image and view ({outputs})"
     views = pluralize(encoder.config.features.num_views, "view")
-    return f"{text}; features {size_text(encoder.num_bytes)} ({outputs}, {views})"
+    text = f"{text}; features {size_text(encoder.num_bytes)} ({outputs}, {views})"
+    if not encoder.known_images or not encoder.missing_images:
+        return text
+    counted = " (views counted)" if encoder.config.features.num_views > 1 else ""
+    return f"{text}, {encoder.known_images:,} images known, {encoder.missing_images:,} new{counted}"
 
 
 def _feature_disk(plan: Plan) -> str:

@@ -29,9 +29,11 @@ from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.data.manifest_schema import Rows
 from imbvlm.data.splits import train_val_rows
 from imbvlm.features.encoder_worker import BATCH_ON_CPU, BATCH_ON_GPU
+from imbvlm.features.entry_index import DIGEST_BYTES
 from imbvlm.features.extraction_plan import resolve_compute_dtype
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreLayout
+from imbvlm.features.stored_split import StoredSplit
 from imbvlm.features.trial_data import RowSource, StoredRows, TrialData
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
@@ -339,15 +341,16 @@ def make_up_data(config: TrialConfig, folder: Path) -> TrialData:
     )
 
 
-def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> FeatureStore:
+def _made_up_store(config: TrialConfig, info: EncoderInfo, folder: Path) -> StoredSplit:
     precision, output = config.features.precision, METHODS[config.method].reads
     row_bytes = int(np.prod(info.shapes[output])) * np.dtype(precision).itemsize
     num_rows = max(8, min(SAMPLE_ROWS, SAMPLE_BYTES // row_bytes))
-    layout = StoreLayout("calibration", num_rows, 1, num_rows, precision, info.shapes, config.features.int8_tokens)
-    store = FeatureStore.create(str(folder), layout)
-    values = np.random.default_rng(0).standard_normal((num_rows, 1, *info.shapes[output]), dtype=np.float32)
-    store.write(output, 0, values, [None] * num_rows)
-    return FeatureStore.open(str(folder), (output,))
+    layout = StoreLayout("calibration", precision, info.shapes, config.features.int8_tokens)
+    store = FeatureStore.create(str(folder / layout.digest), layout)
+    values = np.random.default_rng(0).standard_normal((num_rows, *info.shapes[output]), dtype=np.float32)
+    contents = np.arange(2 * num_rows).view(np.uint8).reshape(num_rows, DIGEST_BYTES)
+    store.append(output, contents, np.zeros(num_rows, dtype=np.int64), values, [None] * num_rows)
+    return StoredSplit.open(store.write_split(contents, 1, (output,)))
 
 
 # ---------------------------------------------------------------------------------------------------- one encoder

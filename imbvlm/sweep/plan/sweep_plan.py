@@ -80,7 +80,7 @@ class PlannedEncoder:
     """One encoder of the space: the bytes of its stored outputs, and those that are still to be computed.
 
     Without a manifest `num_bytes` is for one image and view. `missing_images` is None where it is unknown. One trial
-    reads at most `trial_bytes`.
+    reads at most `trial_bytes`. `known_images` are stored; images count once for each view.
     """
 
     config: TrialConfig
@@ -89,6 +89,7 @@ class PlannedEncoder:
     missing_bytes: int
     missing_images: int | None
     trial_bytes: int = 0
+    known_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -376,8 +377,8 @@ def _plan_encoder(
     if not is_here or not storage.exists(root) or not resolve_encoder(config.encoder).has_weights:
         num_images = num_crops(config, manifest, manifest.splits)
         return PlannedEncoder(config, info, num_bytes, num_bytes, num_images, per_trial)
-    num_images, missing = pending_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
-    return PlannedEncoder(config, info, num_bytes, missing, num_images, per_trial)
+    pending = pending_images(config, manifest, storage.absolute(root), outputs, manifest.splits)
+    return PlannedEncoder(config, info, num_bytes, pending.num_bytes, pending.num_images, per_trial, pending.num_known)
 
 
 def _feature_seconds(

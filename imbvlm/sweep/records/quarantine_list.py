@@ -21,7 +21,7 @@ def quarantined_rows(manifest: Manifest, features: FeatureSet) -> list[dict[str,
     """One row per left-out image; `row` counts from 0 within its split."""
     stats = manifest.class_stats()
     rows: list[dict[str, str | int]] = []
-    for split in features.folders:
+    for split in features.splits:
         bad = features.store(split).quarantine
         numbers = manifest.rows_of(split)[[entry.row for entry in bad]].tolist() if bad else []
         uris = manifest.table.column("uri")

@@ -45,8 +45,7 @@ def extract_splits(run: SweepRun, splits: tuple[str, ...]) -> dict[str, FeatureS
         if features.notice:
             run.console.print(features.notice)
         feature_sets[feature_key(config)] = features
-        folder = features.folders.get("train")
-        if folder is not None and (seconds := seconds_per_image(folder)) is not None:
+        if "train" in features.splits and (seconds := seconds_per_image(features.folder)) is not None:
             throughputs[throughput_key(config)] = seconds
     # All encoders decode the same files, so the first list holds for each of them.
     _quarantine(run, next(iter(feature_sets.values())))
@@ -59,7 +58,7 @@ def _test_feature_seconds(run: SweepRun, seconds: float, splits: tuple[str, ...]
     """Estimate the seconds of the test split's pass from those that the pass over `splits` took; 0 if none is due."""
     root, num_missing, num_seen = storage.absolute(run.spec.feature_root), 0, 0
     for config in run.encoders:
-        num_missing += pending_images(config, run.manifest, root, run.outputs, ("test",))[0]
+        num_missing += pending_images(config, run.manifest, root, run.outputs, ("test",)).num_images
         num_seen += num_crops(config, run.manifest, splits)
     # Longer than that pass where the test split has more crops.
     return seconds * max(1.0, num_missing / num_seen) if num_missing else 0.0

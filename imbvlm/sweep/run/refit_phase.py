@@ -106,7 +106,7 @@ def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, Feature
     settings, test = trial_settings(run, job), test_features.get(feature_key(job.config))
     features = settings.feature_set
     if test is not None:
-        features = replace(features, folders={**features.folders, **test.folders}, five_crop=test.five_crop)
+        features = replace(features, splits={**features.splits, **test.splits}, five_crop=test.five_crop)
     selection, folder = run.adjustments.get(job.name), storage.join(run.folder, "refits", job.trial_id)
     return replace(
         settings,
