@@ -41,6 +41,7 @@ from imbvlm.data.sources.table_files import from_table
 from imbvlm.data.sources.webdataset import from_shards
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
+from imbvlm.features.stored_split import StoredSplit
 from imbvlm.inference.model_folder import load
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
@@ -196,18 +197,24 @@ def test_a_column_that_ray_data_would_unpickle_is_not_read(mark: Path, tmp_path:
     pq.write_table(pa.table({"image": image, "label": [0, 1]}), path)
     with pytest.raises(ManifestError, match="the column 'image' isn't read"):
         from_table([str(path)], str(tmp_path), "hostile")
-    store = FeatureStore.create(str(tmp_path / "store"), StoreLayout("0" * 32, 2, 1, 2, "float32", {"pooled": (3,)}))
-    store.write("pooled", 0, np.ones((2, 1, 3), np.float32), [None, "damaged"])
-    shard = store.shard_path("pooled", 0)
+    store = FeatureStore.create(str(tmp_path / "store"), StoreLayout("0" * 24, "float32", {"pooled": (3,)}))
+    values, contents = np.ones((2, 3), np.float32), np.arange(32, dtype=np.uint8).reshape(2, 16)
+    shard = store.shard_path("pooled", store.append("pooled", contents, np.zeros(2, int), values, [None, "damaged"]))
     batch = pa.ipc.open_file(Path(shard).read_bytes()).get_batch(0)
-    assert FeatureStore.open(store.folder).quarantine[0].reason == "damaged"
+    split = StoredSplit.open(store.write_split(contents, 1, ("pooled",)))
+    assert split.quarantine[0].reason == "damaged"
     columns = [column(2) if name == "reason" else batch.column(name) for name in batch.schema.names]
     hostile = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
     with pa.ipc.new_file(shard, hostile.schema) as writer:
         writer.write_batch(hostile)
     with pytest.raises(StoreError, match="may run code"):
-        _ = FeatureStore.open(store.folder).quarantine
-    assert store.missing("pooled", full=True) == [0]
+        split.gather("pooled", np.array([0]))
+    assert store.damaged("pooled") == [Path(shard).name]
+    (index,) = (tmp_path / "store" / "pooled").glob("*.index")
+    pq.write_table(pa.table({"key": column(2), "shard": [0, 0], "entry": [0, 1], "reason": ["", ""]}), index)
+    assert not len(FeatureStore.open(store.folder).index("pooled").keys)
+    Path(split.path).write_bytes(b"")
+    refused(StoredSplit.open, split.path)
     assert not mark.exists()
 
 

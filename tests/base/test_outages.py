@@ -30,21 +30,32 @@ from contextlib import suppress
 import numpy as np, torch
 from pathlib import Path
 from imbvlm.base.errors import StorageError
+from imbvlm.features.entry_index import entry_keys
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreLayout
 from imbvlm.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 
 disk = Path(sys.argv[1])
-store = FeatureStore.create(str(disk / "store"), StoreLayout("0" * 32, 200, 1, 100, "float32", {"pooled": (500,)}))
-values = np.ones((100, 1, 500), np.float32)
-store.write("pooled", 0, values, [None] * 100)
+store = FeatureStore.create(str(disk / "store"), StoreLayout("0" * 24, "float32", {"pooled": (500,)}))
+contents = np.arange(400).view(np.uint8).reshape(200, 16)
+
+
+def append(rows):
+    store.append("pooled", contents[rows], np.zeros(100, int), np.ones((100, 500), np.float32), [None] * 100)
+
+
+def num_stored():
+    return int((store.index("pooled").find(entry_keys(contents, 1)) >= 0).sum())
+
+
+append(slice(0, 100))
 save_checkpoint(str(disk / "checkpoint"), TrialState({"w": torch.ones(1000)}, {"epoch": 1}))
 filler = disk / "filler"
 with filler.open("wb", buffering=0) as stream, suppress(OSError):
     while stream.write(bytes(4096)):
         pass
 for write in (
-    lambda: store.write("pooled", 1, values, [None] * 100),
+    lambda: append(slice(100, 200)),
     lambda: save_checkpoint(str(disk / "checkpoint"), TrialState({"w": torch.ones(200_000)}, {"epoch": 2})),
 ):
     try:
@@ -54,12 +65,12 @@ for write in (
     else:
         raise SystemExit("it was written")
 assert load_checkpoint(str(disk / "checkpoint")).scalars["epoch"] == 1
-assert store.missing("pooled") == [1]
+assert num_stored() == 100
 filler.unlink()
-store.write("pooled", 1, values, [None] * 100)
+append(slice(100, 200))
 save_checkpoint(str(disk / "checkpoint"), TrialState({"w": torch.ones(200_000)}, {"epoch": 2}))
 assert load_checkpoint(str(disk / "checkpoint")).scalars["epoch"] == 2
-assert FeatureStore.open(str(disk / "store")).missing("pooled") == []
+assert num_stored() == 200
 left = [path.name for path in disk.rglob(".*")]
 assert not left, left
 """

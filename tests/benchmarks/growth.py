@@ -1,6 +1,7 @@
 """Time and memory against the number of images, of classes and of trials: linear or better, no step in it."""
 
 import itertools
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -91,11 +92,9 @@ def _epoch(folder: Path, num_rows: int, num_classes: int, num_val: int, device: 
     process = context.Process(target=_make, args=(folder, num_rows, num_classes, num_val))
     process.start()
     process.join()
+    splits = json.loads((folder / "splits.json").read_text())
     features = FeatureSet(
-        str(folder / "manifest.parquet"),
-        {s: str(folder / s) for s in ("train", "val")},
-        ("pooled",),
-        made.info(512, 50),
+        str(folder / "manifest.parquet"), str(folder / "made"), splits, ("pooled",), made.info(512, 50)
     )
     config = made.trial("linear_probe", train__num_epochs=2)
     begin = time.perf_counter()
@@ -106,7 +105,8 @@ def _epoch(folder: Path, num_rows: int, num_classes: int, num_val: int, device: 
 
 
 def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
-    made.stored_features(folder, num_rows, num_classes=num_classes, width=512, num_val=num_val)
+    features = made.stored_features(folder, num_rows, num_classes=num_classes, width=512, num_val=num_val)
+    (folder / "splits.json").write_text(json.dumps(dict(features.splits)))
 
 
 def _run_through(folder: Path, num_trials: int, device: str) -> float:

@@ -7,6 +7,8 @@ from time import perf_counter, process_time
 
 import embedded
 import made
+import numpy as np
+from made_stores import stored_split
 from table import Line, Options, in_turn, shown, times
 from tiny_images import extraction_in_this_process
 
@@ -15,8 +17,6 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.features.feature_store import FeatureStore
-from imbvlm.features.shard_file import as_tensor
 from imbvlm.features.store_layout import TOWER_FILE
 from imbvlm.features.trial_data import TrialData
 from imbvlm.models.encoders.token_pooling import pooling_matrix
@@ -56,17 +56,18 @@ def lines(options: Options) -> Iterator[Line]:
 
 def _variant(whole: FeatureSet, folder: Path, int8: bool, side: int) -> FeatureSet:
     """The same tokens as bytes, averaged, or both."""
-    info, folders = whole.info, {}
+    info, splits = whole.info, {}
     pool = pooling_matrix(info.num_tokens, int(info.has_class_token), side, info.name)
-    for split, place in whole.folders.items():
-        store, folders[split] = FeatureStore.open(place, ("tokens",)), str(folder / split)
-        shapes = {**store.layout.shapes, "tokens": (len(pool), info.token_width)}
-        made_of = FeatureStore.create(folders[split], replace(store.layout, shapes=shapes, int8_tokens=int8))
-        for shard in range(store.layout.num_shards):
-            tokens = pool @ as_tensor(store.mapped_shard("tokens", shard).values).float()
-            made_of.write("tokens", shard, tokens.numpy(), [None] * len(tokens))
-        storage.write_bytes(str(folder / split / TOWER_FILE), storage.read_bytes(storage.join(place, TOWER_FILE)))
-    return replace(whole, folders=folders, info=replace(info, num_tokens=len(pool), token_pooling=side))
+    for name in whole.splits:
+        split = whole.store(name)
+        shapes = {**split.layout.shapes, "tokens": (len(pool), info.token_width)}
+        layout = replace(split.layout, shapes=shapes, int8_tokens=int8)
+        tokens = pool @ split.gather("tokens", np.arange(split.num_rows)).float()
+        splits[name] = stored_split(folder, layout, {"tokens": tokens.numpy()[:, None]}, name=name, per_shard=512)
+    tensors = storage.read_bytes(storage.join(whole.folder, TOWER_FILE))
+    storage.write_bytes(str(folder / layout.digest / TOWER_FILE), tensors)
+    info = replace(info, num_tokens=len(pool), token_pooling=side)
+    return replace(whole, folder=str(folder / layout.digest), splits=splits, info=info)
 
 
 def _score(config: TrialConfig, found: FeatureSet, seed: int, options: Options) -> tuple[float, float]:
@@ -87,7 +88,7 @@ def _sizes(options: Options) -> Iterator[Line]:
         config = made.trial("decoder", train__num_epochs=100)
         data = TrialData.open(config, features)
         runs[words] = build_trial(config, data, options.device).epochs()
-        sizes[words] = _bytes(folder / "train")
+        sizes[words] = _bytes(folder / "made")
         next(runs[words])
     # Of the CPU, where that computes: what else runs on the machine isn't in it.
     clock = perf_counter if options.device == "cuda" else process_time

@@ -14,9 +14,10 @@ import torch
 from imbvlm.features.encoder_worker import EncoderWorker
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import LoadedBlock
+from imbvlm.features.shard_file import map_shard, open_shard
 from imbvlm.features.store_layout import StoreError, StoreLayout
 
-LAYOUT = StoreLayout("digest", 6, 1, 3, "float16", {"pooled": (2,)})
+LAYOUT = StoreLayout("digest", "float16", {"pooled": (2,)})
 
 
 def worker(forward_images: Callable[..., Any]) -> EncoderWorker:
@@ -25,9 +26,22 @@ def worker(forward_images: Callable[..., Any]) -> EncoderWorker:
     return made
 
 
-def block(folder: Path, shard: int) -> LoadedBlock:
-    images = np.full((3, 3, 4, 4), shard + 1, np.uint8)
-    return LoadedBlock(str(folder), shard, ("pooled",), images, [None, None, "truncated"])
+def block(folder: Path, number: int) -> LoadedBlock:
+    """Three images of a split's six, all new, the last of them bad."""
+    images, rows = np.full((3, 3, 4, 4), number + 1, np.uint8), 3 * number + np.arange(3)
+    contents, views = np.full((3, 16), number, np.uint8), np.zeros(3, np.int64)
+    contents[:, 0] = rows
+    return LoadedBlock(
+        str(folder), 0, ("pooled",), rows, contents, [None, None, "truncated"], images, np.arange(3), views, 3
+    )
+
+
+def stored(folder: Path) -> dict[int, float]:
+    """Each image's first number, by its row."""
+    index = FeatureStore.open(str(folder)).index("pooled")
+    shards = [map_shard(open_shard(str(folder / "pooled" / name)), LAYOUT, "pooled") for name in index.shards]
+    places = zip(index.keys, index.shard, index.entry, strict=True)
+    return {bytes(key.ljust(18, b"\0"))[0]: float(shards[shard].values[entry, 0]) for key, shard, entry in places}
 
 
 def mean_pixels(images: torch.Tensor) -> SimpleNamespace:
@@ -38,32 +52,30 @@ def test_the_next_block_is_computed_while_one_is_written_and_each_is_told_of_its
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FeatureStore.create(str(tmp_path), LAYOUT)
-    second, write = threading.Event(), FeatureStore.write
+    second, append = threading.Event(), FeatureStore.append
 
     def forward(images: torch.Tensor) -> SimpleNamespace:
         if int(images.max()) == 2:
             second.set()
         return mean_pixels(images)
 
-    def slow(self: Any, output: str, shard: int, values: np.ndarray, reasons: list[str | None]) -> int:
+    def slow(self: Any, output: str, contents: np.ndarray, *more: Any) -> str:
         # The first block's shard waits for the second block's turn in the tower.
         assert second.wait(60)
-        if shard == 0:
+        if contents[0, 0] == 0:
             raise StoreError("the first can't be written")
-        return write(self, output, shard, values, reasons)
+        return append(self, output, contents, *more)
 
-    monkeypatch.setattr(FeatureStore, "write", slow)
+    monkeypatch.setattr(FeatureStore, "append", slow)
     tower = worker(forward)
     with ThreadPoolExecutor(2) as pool:
         broken, good = (pool.submit(tower, block(tmp_path, shard)) for shard in (0, 1))
         with pytest.raises(StoreError, match="the first"):
             broken.result()
         summary = good.result()
-    assert (summary.shard, summary.num_images, summary.bad) == (1, 3, {5: "truncated"})
-    store = FeatureStore.open(str(tmp_path))
-    assert store.missing("pooled") == [0]
-    assert summary.written == {"pooled": store.present("pooled")[1].size}
-    assert store.mapped_shard("pooled", 1).values.flatten().tolist() == [2, 2, 2, 2, 0, 0]
+    assert (summary.rows.tolist(), summary.num_images, summary.bad) == ([3, 4, 5], 3, {5: "truncated"})
+    assert [summary.written["pooled"]] == list(FeatureStore.open(str(tmp_path)).index("pooled").shards)
+    assert stored(tmp_path) == {3: 2, 4: 2, 5: 0}
 
 
 @pytest.mark.parametrize("reason", [None, "no C compiler"])
@@ -88,8 +100,7 @@ def test_a_compiled_tower_sees_batches_of_one_size(
     assert compiled == [2]
     assert seen == ([2, 2] if reason is None else [2, 1])
     assert summary.not_compiled == reason
-    store = FeatureStore.open(str(tmp_path))
-    assert store.mapped_shard("pooled", 0).values.flatten().tolist() == [1, 1, 1, 1, 0, 0]
+    assert stored(tmp_path) == {0: 1, 1: 1, 2: 0}
 
 
 def test_one_block_at_a_time_goes_through_the_tower(tmp_path: Path) -> None:
@@ -105,5 +116,5 @@ def test_one_block_at_a_time_goes_through_the_tower(tmp_path: Path) -> None:
     tower = worker(forward)
     with ThreadPoolExecutor(2) as pool:
         summaries = list(pool.map(tower, [block(tmp_path, shard) for shard in (0, 1)]))
-    assert [summary.shard for summary in summaries] == [0, 1]
-    assert FeatureStore.open(str(tmp_path)).missing("pooled") == []
+    assert [summary.rows[0] for summary in summaries] == [0, 3]
+    assert len(stored(tmp_path)) == 6

@@ -341,9 +341,7 @@ def test_a_shard_of_bytes_proves_its_scale_too_and_comes_out_the_same_again(tmp_
 
 def test_bytes_are_refused_where_half_precision_would_be(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="must be finite in float16"):
-        stored_split(
-            tmp_path, replace(LAYOUT, int8_tokens=True), {"tokens": np.full((4, 2, 3, 4), 1e5, np.float32)}
-        )
+        stored_split(tmp_path, replace(LAYOUT, int8_tokens=True), {"tokens": np.full((4, 2, 3, 4), 1e5, np.float32)})
 
 
 BIG = StoreLayout("digest", "float16", {"pooled": (4096,)})

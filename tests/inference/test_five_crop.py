@@ -108,11 +108,11 @@ def test_store_stream_and_export_give_the_mean_logits_of_five_crops(
 def test_five_crops_have_a_store_of_their_own_and_only_of_what_is_scored(images: TinyImages) -> None:
     config, features = prepared(images, "linear_probe")
     assert set(features.five_crop) == {"val", "test"}
-    assert not set(features.five_crop.values()) & set(features.folders.values())
+    assert not set(features.five_crop.values()) & set(features.splits.values())
     assert {one.num_views for one in (features.store("val"), features.store("test"))} == {1}
     without = images.features(images.config("linear_probe"))
     assert without.five_crop == {}
-    assert without.folders == features.folders, "the other crops are the same, and computed once"
+    assert without.splits == features.splits, "the other crops are the same, and computed once"
     manifest = Manifest.read(images.manifest)
     plain, five = (
         store_bytes(one, features.info, manifest, frozenset({"pooled"}), ("train", "val", "test"))["pooled"]

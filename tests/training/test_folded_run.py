@@ -43,8 +43,8 @@ def features(official: FeatureSet) -> FeatureSet:
     """The same images without a validation split."""
     whole, path = Manifest.read(official.manifest), str(Path(official.manifest).with_name("unsplit.parquet"))
     whole.take(np.sort(np.concatenate([whole.rows_of(split) for split in ("train", "test")]))).write(path)
-    folders = {split: folder for split, folder in official.folders.items() if split != "val"}
-    return replace(official, manifest=path, folders=folders)
+    splits = {split: path for split, path in official.splits.items() if split != "val"}
+    return replace(official, manifest=path, splits=splits)
 
 
 def folded(config: TrialConfig, features: FeatureSet) -> FoldedRun:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
 
-from imbvlm.base import storage
 from imbvlm.base.errors import DiskFullError
 from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
@@ -154,7 +153,8 @@ def test_a_trial_whose_copies_have_no_room_beside_anothers_reads_in_place_and_sa
     """Two towers, and a disk for the copies of one: neither trial waits for the other, none is lost."""
     monkeypatch.setattr("imbvlm.features.feature_cache.WAIT_SECONDS", 0.0)
     both = [tiny_features(tmp_path / name) for name in ("a", "b")]
-    sizes = [sum(file.size for file in storage.file_states(f"{at}/pooled").values()) for at in both[0].folders.values()]
+    splits = [both[0].store(split) for split in both[0].splits]
+    sizes = [split.layout.num_bytes("pooled", split.num_rows * split.num_views) for split in splits]
     copies = FeatureCacheConfig(
         folder=str(tmp_path / "copies"), max_gigabytes=1.5 * sum(sizes) / 1e9, of_shared_folders=True
     )

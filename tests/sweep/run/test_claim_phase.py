@@ -43,7 +43,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
     official = tiny_features(tmp_path_factory.mktemp("features"), (40, 20, 9, 4))
     whole, path = Manifest.read(official.manifest), str(Path(official.manifest).with_name("train.parquet"))
     whole.take(whole.rows_of("train")).write(path)
-    return replace(official, manifest=path, folders={"train": official.folders["train"]})
+    return replace(official, manifest=path, splits={"train": official.splits["train"]})
 
 
 def searched(folder: Path, features: FeatureSet, num_folds: int = 5, **fields: Any) -> SweepRun:

@@ -168,7 +168,7 @@ def job(trial_id: str, kind: TrialKind = "search", alone: bool = False) -> Job:
     return Job(trial_id, kind, "", tiny_config("linear_probe"), alone=alone)
 
 
-FEATURES = FeatureSet("m", {"train": "store"}, ("pooled",), tiny_info())
+FEATURES = FeatureSet("m", "store", {"train": "store.split"}, ("pooled",), tiny_info())
 
 
 def members_of(folder: Path) -> Members:
