@@ -36,6 +36,7 @@ class Extraction:
     seconds: float | None
     notice: str = ""
     num_known: int = 0
+    num_computed: int = 0
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -55,10 +56,12 @@ class Extraction:
             size = size_text(self.num_bytes)
             lines.append(f"{known}to compute: {self.num_images:,} images (views counted), {size}{free}")
         else:
-            speed = self.num_images / self.seconds
+            copies = self.num_images - self.num_computed
+            found = f"{copies:,} were known by their content, " if copies else ""
+            size = size_text(self.num_bytes * self.num_computed / self.num_images)
             lines.append(
-                f"{known}computed {self.num_images:,} images (views counted), {size_text(self.num_bytes)}, in "
-                f"{self.seconds:,.1f} s: {speed:,.1f} a second"
+                f"{known}{found}computed {self.num_computed:,} images (views counted), {size}, in "
+                f"{self.seconds:,.1f} s: {self.num_images / self.seconds:,.1f} a second"
             )
         lines += [self.notice] if self.notice else []
         return "\n".join([*lines, *(f"  {split:<6} {folder}" for split, folder in self.folders.items())])
@@ -78,15 +81,12 @@ def extract(
     info = describe_encoder(config.encoder)
     total = sum(store_bytes(config, info, manifest, outputs, manifest.splits).values())
     pending = pending_images(config, manifest, root, outputs, manifest.splits)
-    folders, seconds, notice = {}, None, ""
+    folders, seconds, notice, num_computed = {}, None, "", 0
     if not dry_run:
         started = time.monotonic()
         features = ensure_features(config, manifest, root, outputs, manifest.splits, report=report)
-        folders, seconds, notice = (
-            dict.fromkeys(features.splits, features.folder),
-            time.monotonic() - started,
-            features.notice,
-        )
+        folders, seconds = dict.fromkeys(features.splits, features.folder), time.monotonic() - started
+        notice, num_computed = features.notice, features.num_computed
     ordered = tuple(name for name in OUTPUT_NAMES if name in outputs)
     free = storage.free_bytes(root)
     return Extraction(
@@ -103,6 +103,7 @@ def extract(
         seconds,
         notice,
         pending.num_known,
+        num_computed,
     )
 
 

@@ -124,6 +124,7 @@ def ensure_features(
         five_crop=crops,
         cache=cache if is_cached else None,
         notice=filled.notice,
+        num_computed=filled.num_computed,
     )
 
 
@@ -133,12 +134,13 @@ def ensure_features(
 class _Filled(NamedTuple):
     """What a pass has read and written: each part's contents (N, 16), and by store and output the names of shards.
 
-    `notice` is a sentence for the user where the encoder was to be compiled and wasn't.
+    `notice` is a sentence for the user where the encoder was to be compiled and wasn't. `num_computed` are crops.
     """
 
     contents: Sequence[Digests]
     written: Mapping[str, Mapping[OutputName, frozenset[str]]] = {}
     notice: str = ""
+    num_computed: int = 0
 
 
 def _fill(config: TrialConfig, parts: Sequence[PendingPart], root: str, encoder: Encoder, report: Report) -> _Filled:
@@ -174,11 +176,12 @@ def _fill(config: TrialConfig, parts: Sequence[PendingPart], root: str, encoder:
             # Wrong folders or keys must not cost the whole pass.
             bad[summary.part].update(summary.bad)
             _check_limits(config, part, bad[summary.part])
-    if progress.seconds_per_image is not None:
+    # Files that turn out to be copies are faster.
+    if progress.seconds_per_image is not None and progress.num_computed == progress.done:
         pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
         for folder in written:
             storage.write_bytes(storage.join(folder, PACE_FILE), pace.encode())
-    return _Filled(contents, written, progress.notice)
+    return _Filled(contents, written, progress.notice, progress.num_computed)
 
 
 def _fits_here(config: TrialConfig, encoder: Encoder, num_images: int) -> bool:

@@ -26,7 +26,8 @@ class FeatureSet:
 
     `encoder` is the configuration of the encoder, valid in any working directory, for trials that run it themselves.
     `five_crop` has the files of the splits that are stored as five crops. Without `cache` trials read in place.
-    `notice` is a sentence for the user about the pass that has just stored them; empty without one.
+    `notice` is a sentence for the user about the pass that has just stored them; empty without one. `num_computed` are
+    the crops that it computed.
     """
 
     manifest: str
@@ -39,6 +40,7 @@ class FeatureSet:
     five_crop: Mapping[str, str] = field(default_factory=dict)
     cache: FeatureCacheConfig | None = None
     notice: str = field(default="", compare=False)
+    num_computed: int = field(default=0, compare=False)
 
     def store(self, split: str) -> StoredSplit:
         """The stored rows of an official split; raises StoreError where it was not extracted."""

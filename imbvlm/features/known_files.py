@@ -76,13 +76,14 @@ def record_files(root: str, uris: pa.ChunkedArray, versions: npt.NDArray[np.int6
 
 
 def merge_records(root: str) -> None:
-    """Make one file of many, with the newest record of each URI; raises StorageError."""
+    """Make one file of many, with the newest record of each URI; those of a read-only store stay."""
     names, tables = _read(root)
     if len(names) > 1:
         folder = storage.join(root, _FOLDER)
-        write_table(folder, _merged(tables))
-        for name in names:
-            storage.delete(storage.join(folder, name))
+        with suppress(storage.StorageError):
+            write_table(folder, _merged(tables))
+            for name in names:
+                storage.delete(storage.join(folder, name))
 
 
 def unreadable_digest(uri: str | None, reason: str) -> bytes:

@@ -28,7 +28,7 @@ from tiny_images import extraction_in_this_process
 from towers import write_tower
 
 from imbvlm.base import interrupts
-from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.errors import ImbvlmError, StorageError
 from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.decoding import decode
@@ -468,6 +468,128 @@ def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str)
     assert more.folder == features.folder
     assert kept.items() <= shard_times(more).items()
     assert len(more.store("train").gather("tokens", np.arange(NUM_TRAIN))) == NUM_TRAIN
+
+
+def features_of(found: FeatureSet, split: str = "train") -> np.ndarray:
+    store = found.store(split)
+    entries = np.indices((store.num_rows, store.num_views)).reshape(2, -1)
+    return store.gather("pooled", *entries).numpy().reshape(store.num_rows, store.num_views, -1)
+
+
+def write_manifest(folder: Path, uris: list[str], labels: list[int], splits: list[str]) -> Manifest:
+    table = pa.table({"uri": uris, "label": labels, "split": splits})
+    manifest = Manifest.build(table, [f"class {label}" for label in range(7)], "pictures")
+    manifest.write(str(folder / "data" / "manifest.parquet"))
+    return manifest
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_images_are_computed_once_whatever_their_name_label_split_folder_and_order(tmp_path: Path, tower: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT | {"num_views": 2})
+    first, said = extract(tmp_path, config, manifest, {"pooled"})
+    assert first.num_computed == 2 * NUM_TRAIN + NUM_VAL
+    old, data = manifest.table.column("uri").to_pylist(), tmp_path / "data"
+    # Renamed, copied, and moved to another folder with all that remains; the order and labels are others, too.
+    renamed, copied = str(data / "renamed.png"), str(data / "copied.png")
+    os.rename(old[0], renamed)
+    shutil.copy(old[1], copied)
+    shutil.copytree(data, tmp_path / "elsewhere")
+    new = str(data / "new.png")
+    picture(99).save(new)
+    moved = [str(tmp_path / "elsewhere" / Path(uri).name) for uri in old[2:NUM_TRAIN]]
+    uris = [*reversed(moved), renamed, copied, new, old[1], *old[NUM_TRAIN:]]
+    labels = [number % 7 for number in range(len(uris) - NUM_VAL)] + [6] * NUM_VAL
+    grown = write_manifest(tmp_path, uris, labels, ["train"] * (len(uris) - NUM_VAL) + ["val"] * NUM_VAL)
+    again, said = extract(tmp_path, config, grown, {"pooled"})
+    assert again.num_computed == 2, "two views of one image"
+    # One training image and the validation images have kept their files; others are read, to see what they are.
+    assert f"features: {2 + NUM_VAL} images known, {2 * (len(uris) - NUM_VAL - 1)} images to compute" in said
+    kept = [*reversed(range(2, NUM_TRAIN)), 0, 1]
+    before, after = features_of(first), features_of(again)
+    assert np.array_equal(after[: len(kept)], before[kept]), "random crops are those of the image, not of its row"
+    assert np.array_equal(after[-1], before[1])
+    assert np.array_equal(features_of(again, "val"), features_of(first, "val"))
+    last, said = extract(tmp_path, config, grown, {"pooled"})
+    assert (last.num_computed, said) == (0, []), "now all files are known"
+    # Another share for tests, and training images that become validation: their random crops are there already.
+    splits = ["test"] * 3 + ["val"] * 3 + ["train"] * (len(uris) - 6)
+    other = write_manifest(tmp_path, uris, [number % 7 for number in range(len(uris))], splits)
+    found, said = extract(tmp_path, config, other, {"pooled"}, ("train", "val", "test"))
+    assert f"features: {2 * len(uris) - 6 - NUM_VAL} images known, {NUM_VAL} images to compute" in said
+    assert found.num_computed == NUM_VAL, "random crops of what was validation"
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_file_that_changes_is_computed_again_and_its_old_content_stays(tmp_path: Path, tower: str) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT)
+    first, _ = extract(tmp_path, config, manifest, {"pooled"})
+    changed = manifest.table.column("uri")[4].as_py()
+    shutil.copy(changed, tmp_path / "kept.png")
+    picture(77).save(changed)
+    second, _ = extract(tmp_path, config, manifest, {"pooled"})
+    assert second.num_computed == 1
+    different = (features_of(first) != features_of(second)).any(axis=(1, 2))
+    assert np.flatnonzero(different).tolist() == [4]
+    shutil.copy(tmp_path / "kept.png", changed)
+    third, _ = extract(tmp_path, config, manifest, {"pooled"})
+    assert third.num_computed == 0
+    assert third.splits == first.splits
+
+
+def test_a_block_computes_nothing_that_another_sweep_has_finished_meanwhile(tmp_path: Path, tower: str) -> None:
+    """Both were planned before either had computed anything, the second of other rows and of more outputs."""
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower)
+    encoder, root = create_encoder(config.encoder, config.eval), str(tmp_path / "features")
+    (part,) = store_parts(config, encoder.preprocess, ("train",), ())
+    some = manifest.take(np.arange(5, NUM_TRAIN))
+    plans = [
+        plan_part(config, rows, root, outputs, encoder, part)
+        for rows, outputs in ((manifest, ("pooled",)), (some, ("pooled",)), (some, ("pooled", "tokens")))
+    ]
+    computed = []
+    for plan in plans:
+        blocks = deque(plan.blocks(0, is_strict=False))
+        computed.append(sum(summary.num_computed for summary in compute_here(encoder, blocks, max_seconds=60)))
+    assert computed == [NUM_TRAIN, 0, len(some)]
+    index = plans[0].store.index("tokens")
+    assert len(index.keys) == len(some)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_copies_within_a_split_are_computed_once(tmp_path: Path, tower: str) -> None:
+    make_data(tmp_path)
+    paths = [str(tmp_path / "data" / f"{number}.png") for number in (0, 1, 2)]
+    for number in range(40):
+        shutil.copy(paths[number % 3], tmp_path / "data" / f"copy{number}.png")
+    uris = [str(tmp_path / "data" / f"copy{number}.png") for number in range(40)]
+    manifest = write_manifest(tmp_path, uris, [number % 3 for number in range(40)], ["train"] * 40)
+    features, _ = extract(tmp_path, trial(tmp_path, tower), manifest, {"pooled"}, ("train",))
+    values = features_of(features)
+    assert all(np.array_equal(values[number], values[number % 3]) for number in range(40))
+    assert len(np.unique(values[:, 0], axis=0)) == 3
+    # Blocks that are loaded at the same time may both read a copy.
+    assert features.num_computed <= 3 * 8
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_store_that_has_moved_is_as_good_and_a_read_only_one_is_read(
+    tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT)
+    first, _ = extract(tmp_path, config, manifest, {"pooled"})
+    expected = features_of(first)
+    shutil.copytree(tmp_path / "features", tmp_path / "moved" / "features")
+    shutil.rmtree(tmp_path / "features")
+    root = str(tmp_path / "moved" / "features")
+
+    def refuse(uri: str, data: bytes) -> None:
+        raise StorageError(f"can't write {uri}: read-only file system")
+
+    # Permissions don't hold for root.
+    monkeypatch.setattr("imbvlm.base.storage.write_bytes", refuse)
+    found = ensure_features(config, manifest, root, frozenset({"pooled"}), SPLITS, report=lambda text: None)
+    assert found.num_computed == 0
+    assert np.array_equal(features_of(found), expected)
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_stores import stored_split
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ConfigError, ImbvlmError, StorageError
 from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.features.feature_cache import CacheRequest, FeatureCache
-from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
+from imbvlm.features.stored_split import StoredSplit
 
 SIZE = 100_000
 
@@ -244,21 +245,19 @@ def test_by_itself_nothing_is_copied_into_memory(tmp_path: Path, monkeypatch: py
 
 
 def test_a_shared_folder_is_copied_where_that_is_asked_for_and_read_in_place_otherwise(tmp_path: Path) -> None:
-    layout = StoreLayout("d", 6, 1, 3, "float32", {"tokens": (2, 2), "pooled": (4,), "image_embedding": (2,)})
-    shared = str(tmp_path / "shared")
-    store, values = FeatureStore.create(shared, layout), np.random.default_rng(0).normal(size=(6, 1, 4))
-    for shard in range(2):
-        store.write("pooled", shard, values[3 * shard : 3 * shard + 3], [None] * 3)
+    layout = StoreLayout("d", "float32", {"pooled": (4,)})
+    shared, values = str(tmp_path / "shared"), np.random.default_rng(0).normal(size=(6, 1, 4))
+    path = stored_split(shared, layout, {"pooled": values}, per_shard=3)
     copies = FeatureCache(FeatureCacheConfig(folder=str(tmp_path / "copies"), of_shared_folders=True))
     assert copies.is_needed_for(shared, has_many_machines=False)
     assert not FeatureCache(FeatureCacheConfig(of_shared_folders=False)).is_needed_for(shared, has_many_machines=True)
-    copied = FeatureStore.open(shared, ("pooled",), copies)
+    copied = StoredSplit.open(path, ("pooled",), copies)
     expected = values[:, 0].astype(np.float32)
     assert np.array_equal(copied.gather("pooled", np.arange(6)).numpy(), expected)
     assert num_copies(tmp_path) == 1
     assert copied.quarantine == ()
     # What is damaged is not copied.
-    path = Path(store.shard_path("pooled", 1))
-    path.write_bytes(path.read_bytes().replace(expected[4].tobytes(), expected[5].tobytes()))
+    shard = Path(shared) / copied.places["pooled"].paths[1]
+    shard.write_bytes(shard.read_bytes().replace(expected[4].tobytes(), expected[5].tobytes()))
     with pytest.raises(StoreError, match="is damaged at its source"):
-        FeatureStore.open(shared, ("pooled",), copies).gather("pooled", np.arange(6))
+        StoredSplit.open(path, ("pooled",), copies).gather("pooled", np.arange(6))

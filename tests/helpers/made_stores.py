@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from imbvlm.base import storage
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.store_layout import StoreLayout
 
@@ -37,7 +38,7 @@ def append(
 
 
 def stored_split(
-    root: Path,
+    root: Path | str,
     layout: StoreLayout,
     outputs: Mapping[str, np.ndarray],
     *,
@@ -46,7 +47,7 @@ def stored_split(
     bad: Sequence[int] = (),
 ) -> str:
     """Write outputs (N, views, ...) of made-up images into a store below `root`; returns the split's file."""
-    store = FeatureStore.create(str(root / layout.digest), layout)
+    store = FeatureStore.create(storage.join(str(root), layout.digest), layout)
     num_rows, num_views = next(iter(outputs.values())).shape[:2]
     contents = made_contents(name, num_rows)
     for output, values in outputs.items():
