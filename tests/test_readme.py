@@ -95,6 +95,7 @@ RUN_HERE = (
     "guides/camera-traps.md",
     "guides/choosing.md",
     "guides/decisions.md",
+    "guides/growing-data.md",
     "guides/how-many-images.md",
     "guides/own-images.md",
     "guides/models.md",

@@ -48,19 +48,19 @@ class Extraction:
             f"{self.encoder} at {self.image_size} px, eval.resize {self.resize:.4g}: {', '.join(self.outputs)} of "
             f"{', '.join(self.splits)}, {size_text(self.total_bytes)}"
         ]
-        known = f"{self.num_known:,} images known, " if self.num_known else ""
+        stored = f"{self.num_known:,} images known, " if self.num_known else ""
         if not self.num_images:
             lines.append("everything is stored already")
         elif self.seconds is None:
             free = "" if self.free_bytes is None else f"; {size_text(self.free_bytes)} free"
             size = size_text(self.num_bytes)
-            lines.append(f"{known}to compute: {self.num_images:,} images (views counted), {size}{free}")
+            lines.append(f"{stored}to compute: {self.num_images:,} images (views counted), {size}{free}")
         else:
             copies = self.num_images - self.num_computed
-            found = f"{copies:,} were known by their content, " if copies else ""
+            same = f"{copies:,} were known by their content, " if copies else ""
             size = size_text(self.num_bytes * self.num_computed / self.num_images)
             lines.append(
-                f"{known}{found}computed {self.num_computed:,} images (views counted), {size}, in "
+                f"{stored}{same}computed {self.num_computed:,} images (views counted), {size}, in "
                 f"{self.seconds:,.1f} s: {self.num_images / self.seconds:,.1f} a second"
             )
         lines += [self.notice] if self.notice else []

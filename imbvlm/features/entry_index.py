@@ -90,13 +90,13 @@ class EntryIndex:
 
     def only(self, names: Iterable[str]) -> EntryIndex:
         """The entries of these shards."""
-        kept = set(names)
-        if kept >= self.shards.keys():
+        selected = set(names)
+        if selected >= self.shards.keys():
             return self
-        mask = np.array([name in kept for name in self.shards], dtype=np.bool_)
+        mask = np.array([name in selected for name in self.shards], dtype=np.bool_)
         rows = mask[self.shard] if len(mask) else np.zeros(0, dtype=np.bool_)
         numbers = (np.cumsum(mask) - 1).astype(np.int32)
-        shards = {name: state for name, state in self.shards.items() if name in kept}
+        shards = {name: state for name, state in self.shards.items() if name in selected}
         return EntryIndex(shards, self.keys[rows], numbers[self.shard[rows]], self.entry[rows], self.reasons)
 
     def find(self, keys: Keys) -> Rows:

@@ -132,7 +132,7 @@ def ensure_features(
 
 
 class _Filled(NamedTuple):
-    """What a pass has read and written: each part's contents (N, 16), and by store and output the names of shards.
+    """The results of a pass: each part's contents (N, 16), and by store and output the names of written shards.
 
     `notice` is a sentence for the user where the encoder was to be compiled and wasn't. `num_computed` are crops.
     """
@@ -280,8 +280,8 @@ class _Progress:
 
     def begin(self) -> None:
         """Report the number of images."""
-        known = f"{self.num_known:,} images known, " if self.num_known else ""
-        self._print(f"features: {known}{self.num_images:,} images to compute")
+        stored = f"{self.num_known:,} images known, " if self.num_known else ""
+        self._print(f"features: {stored}{self.num_images:,} images to compute")
 
     def add(self, num_images: int, num_computed: int) -> None:
         """Count a block's images, and those of them that were not known after all."""

@@ -160,10 +160,10 @@ class FeatureStore:
     def places(self, output: OutputName, keys: Keys, written: frozenset[str] = frozenset()) -> Places:
         """Where the entries with these keys (N, views) lie; `written` as for `index`."""
         index = self.index(output, written=written)
-        found = index.find(keys.reshape(-1))
-        has = found >= 0
+        positions = index.find(keys.reshape(-1))
+        has = positions >= 0
         shard, entry = np.full(keys.size, -1, dtype=np.int32), np.zeros(keys.size, dtype=np.int32)
-        shard[has], entry[has] = index.shard[found[has]], index.entry[found[has]]
+        shard[has], entry[has] = index.shard[positions[has]], index.entry[positions[has]]
         bad = np.flatnonzero(np.isin(keys.reshape(-1), list(index.reasons))) if index.reasons else ()
         reasons = {int(place) // keys.shape[1]: index.reasons[keys.flat[place]] for place in bad}
         folder = self.folder.rpartition("/")[2]

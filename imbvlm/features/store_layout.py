@@ -58,7 +58,7 @@ def _digest(**values: Any) -> str:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """What a store's entries are: outputs of one crop of one image each, in shards of any number of entries.
+    """The shape of a store's entries, which are outputs of one crop of one image each.
 
     With `int8_tokens` each shard has a scale of its own for each channel. `encoder` and `preprocess` say for people
     what is stored.

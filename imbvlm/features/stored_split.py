@@ -82,7 +82,7 @@ class Places:
 
 
 class _CopiedRows(NamedTuple):
-    """What a machine's copy of a split has: of each shard its entries (K,), sorted, and each row's place among them."""
+    """The rows in a machine's copy of a split: each shard's entries (K,), sorted, and each row's place among them."""
 
     entries: Mapping[str, Rows]
     place: Rows

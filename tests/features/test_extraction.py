@@ -470,8 +470,8 @@ def test_only_what_is_missing_or_damaged_is_computed(tmp_path: Path, tower: str)
     assert len(more.store("train").gather("tokens", np.arange(NUM_TRAIN))) == NUM_TRAIN
 
 
-def features_of(found: FeatureSet, split: str = "train") -> np.ndarray:
-    store = found.store(split)
+def features_of(features: FeatureSet, split: str = "train") -> np.ndarray:
+    store = features.store(split)
     entries = np.indices((store.num_rows, store.num_views)).reshape(2, -1)
     return store.gather("pooled", *entries).numpy().reshape(store.num_rows, store.num_views, -1)
 
@@ -486,7 +486,7 @@ def write_manifest(folder: Path, uris: list[str], labels: list[int], splits: lis
 @pytest.mark.usefixtures("without_ray")
 def test_images_are_computed_once_whatever_their_name_label_split_folder_and_order(tmp_path: Path, tower: str) -> None:
     manifest, config = make_data(tmp_path), trial(tmp_path, tower, EXACT | {"num_views": 2})
-    first, said = extract(tmp_path, config, manifest, {"pooled"})
+    first, lines = extract(tmp_path, config, manifest, {"pooled"})
     assert first.num_computed == 2 * NUM_TRAIN + NUM_VAL
     old, data = manifest.table.column("uri").to_pylist(), tmp_path / "data"
     # Renamed, copied, and moved to another folder with all that remains; the order and labels are others, too.
@@ -500,23 +500,25 @@ def test_images_are_computed_once_whatever_their_name_label_split_folder_and_ord
     uris = [*reversed(moved), renamed, copied, new, old[1], *old[NUM_TRAIN:]]
     labels = [number % 7 for number in range(len(uris) - NUM_VAL)] + [6] * NUM_VAL
     grown = write_manifest(tmp_path, uris, labels, ["train"] * (len(uris) - NUM_VAL) + ["val"] * NUM_VAL)
-    again, said = extract(tmp_path, config, grown, {"pooled"})
+    again, lines = extract(tmp_path, config, grown, {"pooled"})
     assert again.num_computed == 2, "two views of one image"
     # One training image and the validation images have kept their files; others are read, to see what they are.
-    assert f"features: {2 + NUM_VAL} images known, {2 * (len(uris) - NUM_VAL - 1)} images to compute" in said
-    kept = [*reversed(range(2, NUM_TRAIN)), 0, 1]
+    assert f"features: {2 + NUM_VAL} images known, {2 * (len(uris) - NUM_VAL - 1)} images to compute" in lines
+    same_rows = [*reversed(range(2, NUM_TRAIN)), 0, 1]
     before, after = features_of(first), features_of(again)
-    assert np.array_equal(after[: len(kept)], before[kept]), "random crops are those of the image, not of its row"
+    assert np.array_equal(after[: len(same_rows)], before[same_rows]), (
+        "random crops are those of the image, not of its row"
+    )
     assert np.array_equal(after[-1], before[1])
     assert np.array_equal(features_of(again, "val"), features_of(first, "val"))
-    last, said = extract(tmp_path, config, grown, {"pooled"})
-    assert (last.num_computed, said) == (0, []), "now all files are known"
+    third, lines = extract(tmp_path, config, grown, {"pooled"})
+    assert (third.num_computed, lines) == (0, []), "now all files are known"
     # Another share for tests, and training images that become validation: their random crops are there already.
     splits = ["test"] * 3 + ["val"] * 3 + ["train"] * (len(uris) - 6)
     other = write_manifest(tmp_path, uris, [number % 7 for number in range(len(uris))], splits)
-    found, said = extract(tmp_path, config, other, {"pooled"}, ("train", "val", "test"))
-    assert f"features: {2 * len(uris) - 6 - NUM_VAL} images known, {NUM_VAL} images to compute" in said
-    assert found.num_computed == NUM_VAL, "random crops of what was validation"
+    fourth, lines = extract(tmp_path, config, other, {"pooled"}, ("train", "val", "test"))
+    assert f"features: {2 * len(uris) - 6 - NUM_VAL} images known, {NUM_VAL} images to compute" in lines
+    assert fourth.num_computed == NUM_VAL, "random crops of what was validation"
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -587,9 +589,9 @@ def test_a_store_that_has_moved_is_as_good_and_a_read_only_one_is_read(
 
     # Permissions don't hold for root.
     monkeypatch.setattr("imbvlm.base.storage.write_bytes", refuse)
-    found = ensure_features(config, manifest, root, frozenset({"pooled"}), SPLITS, report=lambda text: None)
-    assert found.num_computed == 0
-    assert np.array_equal(features_of(found), expected)
+    moved = ensure_features(config, manifest, root, frozenset({"pooled"}), SPLITS, report=lambda text: None)
+    assert moved.num_computed == 0
+    assert np.array_equal(features_of(moved), expected)
 
 
 @pytest.mark.usefixtures("without_ray")

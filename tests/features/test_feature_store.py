@@ -51,8 +51,8 @@ def shards(split: StoredSplit, output: str = "pooled") -> list[Path]:
 
 def lost(store: FeatureStore, output: str = "pooled", **options: bool) -> list[int]:
     """The rows that the store doesn't have, in one of their views at least."""
-    found = store.index(output, **options).find(entry_keys(CONTENTS, NUM_VIEWS))
-    return np.flatnonzero((found < 0).any(axis=1)).tolist()
+    positions = store.index(output, **options).find(entry_keys(CONTENTS, NUM_VIEWS))
+    return np.flatnonzero((positions < 0).any(axis=1)).tolist()
 
 
 def flip(path: Path, part: bytes) -> None:
@@ -425,9 +425,9 @@ def test_a_million_entries_are_found_in_seconds() -> None:
     index = EntryIndex.of_shard("a", storage.FileState(1, 2, 3), entry_keys(contents, 1)[:, 0], [None] * len(contents))
     wanted = entry_keys(contents[::-5][:100_000], 1)[:, 0]
     begin = time.perf_counter()
-    found = index.find(wanted)
+    positions = index.find(wanted)
     assert time.perf_counter() - begin < 2
-    assert np.array_equal(index.entry[found], np.arange(len(contents))[::-5][:100_000])
+    assert np.array_equal(index.entry[positions], np.arange(len(contents))[::-5][:100_000])
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: data[:50] + data[51:]])

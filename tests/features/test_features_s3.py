@@ -46,8 +46,8 @@ def write_all(root: str, output: str = "pooled", bad: tuple[int, ...] = ()) -> s
 
 
 def lost(store: FeatureStore, **options: bool) -> list[int]:
-    found = store.index("pooled", **options).find(entry_keys(CONTENTS, NUM_VIEWS))
-    return np.flatnonzero((found < 0).any(axis=1)).tolist()
+    positions = store.index("pooled", **options).find(entry_keys(CONTENTS, NUM_VIEWS))
+    return np.flatnonzero((positions < 0).any(axis=1)).tolist()
 
 
 def copies(folder: Path, max_gigabytes: float | None = None) -> FeatureCache:

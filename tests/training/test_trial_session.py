@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_data import CLASS_COUNTS, VAL_PER_CLASS, tiny_config, tiny_features
 
+from imbvlm.base import storage
 from imbvlm.base.errors import DiskFullError
 from imbvlm.config.input_sections import FeatureCacheConfig
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
@@ -200,12 +201,16 @@ def test_a_disk_that_others_fill_while_a_shared_folder_is_copied_ends_no_trial(
 ) -> None:
     """Else the sweep would take it for its own disk, and stop."""
 
-    def full(uri: str, path: Path) -> None:
-        raise DiskFullError(f"can't write {path}: the disk is full; free some space there")
+    write = storage.write_bytes
 
-    monkeypatch.setattr("imbvlm.base.storage.download", full)
+    def full(uri: str, data: bytes) -> None:
+        if ".arrow" in uri:
+            raise DiskFullError(f"can't write {uri}: the disk is full; free some space there")
+        write(uri, data)
+
     copies = FeatureCacheConfig(folder=str(tmp_path / "copies"), of_shared_folders=True)
     features = dataclasses.replace(tiny_features(tmp_path / "shared"), cache=copies)
+    monkeypatch.setattr(storage, "write_bytes", full)
     *_, last = reports_of(dataclasses.replace(settings, feature_set=features))
     assert last.has_finished
     assert "the disk is full" in caplog.text
