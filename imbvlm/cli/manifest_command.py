@@ -148,14 +148,23 @@ def build(
     seed: Annotated[
         int, _splits(metavar="SEED", help="seed of the held-out images, and of the tail's order and images")
     ] = 0,
+    update: Annotated[
+        str | None,
+        _splits(
+            metavar="MANIFEST",
+            help="the manifest of the same data before it has grown: its images keep their splits and classes their "
+            "numbers, --test-share is of the added images, and what is added, gone or changed is named",
+        ),
+    ] = None,
 ) -> int:
     """Turn folders, lists, tables, shards or a benchmark into a manifest."""
     from imbvlm.base import storage
     from imbvlm.data.duplicate_files import mark_duplicates
     from imbvlm.data.imbalance import make_imbalanced
-    from imbvlm.data.manifest import manifest_location
+    from imbvlm.data.manifest import Manifest, manifest_location
     from imbvlm.data.manifest_schema import SPLITS
     from imbvlm.data.manifest_summary import summary
+    from imbvlm.data.manifest_update import modification_time, update_manifest
     from imbvlm.data.sources.benchmarks import build_dataset
     from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
     from imbvlm.data.sources.group_reader import read_groups, with_groups
@@ -173,6 +182,13 @@ def build(
             f"{dataset!r} is no benchmark; {suggest_name(dataset, BENCHMARKS)}", param_hint="--dataset"
         )
     storage.check_location(output)
+    if update is not None and (imbalance_factor is not None or test_groups is not None):
+        raise ImbvlmError(
+            f"--update keeps the splits of {update}, and --imbalance-factor and --test-groups make new ones. Leave "
+            "them out."
+        )
+    old = None if update is None else Manifest.read(update)
+    written_ns = None if update is None else modification_time(manifest_location(update))
     _check_groups(group_by, group_from, test_share, test_groups, has_fields=bool(table or inaturalist))
     if imbalance_factor is None:
         for option, value in (("--class-order", class_order), ("--tail-shape", tail_shape)):
@@ -228,10 +244,14 @@ def build(
     if group_from is not None:
         below = folders or root or (tables[0].rpartition("/")[0] if table else "")
         manifest = with_groups(manifest, read_groups(manifest, group_from, below), f"--group-from {group_from}")
-    if test_share is not None or "val" not in manifest.splits:
+    if test_share is not None or old is not None or "val" not in manifest.splits:
         # Test and validation rows are sampled from training images, and duplicates must stay in one split.
         manifest = mark_duplicates(manifest)
-    if test_share is not None:
+    differences = None
+    if old is not None:
+        differences = update_manifest(old, manifest, written_ns=written_ns, test_share=test_share, seed=seed)
+        manifest = differences.manifest
+    elif test_share is not None:
         manifest = hold_out_test_split(manifest, test_share, seed=seed)
     if test_groups is not None:
         manifest = hold_out_test_groups(manifest, test_groups)
@@ -244,6 +264,8 @@ def build(
         manifest = replace(manifest, taxonomy=read_taxonomy(tree_file, manifest.class_names))
     manifest.write(output)
     print(summary(manifest))
+    if differences is not None:
+        print(f"\n{differences.describe()}")
     print(f"\nwritten to {output}; look for mistakes with: imbvlm manifest check {output}")
     return 0
 
