@@ -258,7 +258,7 @@ try:
 except SystemExit as end:
     assert end.code == 0
 assert "imbvlm.sweep.plan.sweep_plan" in sys.modules
-print("loaded:", [name for name in ("ray.tune", "optuna") if name in sys.modules], file=sys.stderr)
+print("loaded:", [name for name in ("ray.data", "ray.tune", "optuna") if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     # Without a network Ray warns there, too.

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import curves
 import replay
 from curves import NUM_SEEN, Table, balanced_accuracy, make_spec, read_tables, recorded_space
+from tree_sampler import TreeSampler
 
 from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.tune.study_search import silence_optuna
@@ -91,6 +92,17 @@ def test_a_search_that_tries_everything_chooses_as_the_grid_does() -> None:
     assert ends == sorted(ends)
     # A started trial runs to its end: 12 epochs of a hundredth of a second.
     assert max(ends) <= 1.0 + replay.TRIAL_SECONDS + 0.12 + 1e-9
+
+
+def test_whole_configurations_are_sampled_within_the_space_and_keep_what_is_given() -> None:
+    silence_optuna()
+    shown = replay.Replay(table())
+    method = replay.Method("", sampler=TreeSampler, stratify=("method",))
+    rows = [row for _, row in shown.search(method, 0, 2.0)]
+    methods = [shown.table.params[row]["method"] for row in rows]
+    # Beyond the ten random trials, half of each stratum.
+    assert len(rows) > 12
+    assert abs(methods.count("decoder") - methods.count("linear_probe")) <= len(rows) / 2
 
 
 def test_asha_ends_trials_early() -> None:

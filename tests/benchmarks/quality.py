@@ -76,7 +76,7 @@ def interval(values: Array) -> str:
 
 
 def _left_out(scores: dict[str, Array], of_table: Sequence[str]) -> Iterator[Line]:
-    """What the way that is best on the other families gains on each family."""
+    """The gain on each family of the way that is best on the other families."""
     gains, families = np.zeros(len(of_table)), np.array(of_table)
     for family in sorted(set(of_table)):
         inside = families == family

@@ -201,14 +201,17 @@ class Replay:
         return finished
 
     def portfolio(self, size: int) -> list[Params]:
-        """Recipes that together come nearest to the best of each other table, chosen one after another."""
+        """Recipes that together come nearest to each other table's best, chosen in turn until none gains."""
         if not size or not self._others:
             return []
         truth = np.array([table.truth[:, -1] for table in self._others])
         # A point of a hard table counts as one of an easy one.
         best, rows = np.full(len(truth), -np.inf), []
         for _ in range(size):
-            rows.append(int(np.argmax(np.maximum(truth, best[:, None]).sum(axis=0))))
+            row = int(np.argmax(np.maximum(truth, best[:, None]).sum(axis=0)))
+            if row in rows:
+                break
+            rows.append(row)
             best = truth[:, rows].max(axis=1)
         return [self.table.params[row] for row in rows]
 

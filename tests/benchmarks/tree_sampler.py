@@ -96,7 +96,7 @@ class _Draw:
     def __init__(self, good: _Mixture, bad: _Mixture, given: Mapping[str, Any], rng: np.random.Generator) -> None:
         self.params: dict[str, Any] = {}
         self._mixtures, self._given, self._rng = (good, bad), given, rng
-        # Of each kernel by the values so far.
+        # Each kernel's weight by the values so far.
         self._weights = [np.ones(len(mixture.params) + 1) for mixture in self._mixtures]
 
     @property
