@@ -16,7 +16,7 @@ from tree_sampler import TreeSampler
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 from imbvlm.sweep.tune.study_search import silence_optuna
 
-NUM_SEEDS, NUM_RESAMPLES = 4, 2000
+NUM_SEEDS, NUM_RESAMPLES = 6, 2000
 SHIPPED = Method("TPE and ASHA, as shipped")
 FEW = (SHIPPED, Method("random search and ASHA", {"name": "random"}), Method("TPE", asha=None))
 TRIES = (
@@ -65,7 +65,7 @@ def lines(options: Options) -> Iterator[Line]:
 
 def excess(replay: Replay, method: Method, place: int) -> Array:
     """Excess regret (budgets,), the mean over seeds; no two tables share one, since random trials would be the same."""
-    return np.mean([replay.excess(method, place * NUM_SEEDS + seed) for seed in range(NUM_SEEDS)], axis=0)
+    return np.mean([replay.excess(method, 1000 * place + seed) for seed in range(NUM_SEEDS)], axis=0)
 
 
 def interval(values: Array) -> str:
