@@ -111,6 +111,8 @@ class _Rows:
         self.splits: list[str] = []
         self.groups: list[str | None] | None = None
         self.notes: list[str] = []
+        # Those of the tables' own metadata, by table and joined.
+        self.names_by_path: dict[str, list[str] | None] = {}
         self.class_names: list[str] | None = None
         # The ancestors of each row's class; the last rank is that of the classes if its column has the labels.
         self.lineages: list[tuple[str, ...]] = []
@@ -118,8 +120,8 @@ class _Rows:
 
     def add(self, table: pa.Table, path: str, selected: Mapping[str, str]) -> None:
         names = _find_columns(table, path, selected, self.ranks)
-        if self.reads_names and self.class_names is None:
-            self.class_names = _stored_class_names(table.schema, names["label"], path)
+        if self.reads_names and path not in self.names_by_path:
+            self._join_names(path, _stored_class_names(table.schema, names["label"], path))
         problems = _empty_findings(table, [names[kind] for kind in ("label", "split") if kind in names])
         if path.lower().endswith((".csv", ".tsv")):
             texts = [names[kind] for kind in ("uri", "label", "split", "group") if kind in names]
@@ -127,7 +129,8 @@ class _Rows:
         if problems:
             raise ManifestError(path, problems, "table")
         labels = table.column(names["label"])
-        self.labels.append(labels if pa.types.is_integer(labels.type) else _texts(table, names["label"], path))
+        are_ids = pa.types.is_integer(labels.type)
+        self.labels.append(self._joined_ids(labels, path) if are_ids else _texts(table, names["label"], path))
         if "split" in names:
             self.splits += _texts(table, names["split"], path).to_pylist()
         else:
@@ -138,6 +141,19 @@ class _Rows:
         uris, data = _images(table, names, path)
         self.uris += uris
         self.pack.add(data if data is not None else [None] * table.num_rows)
+
+    def _join_names(self, path: str, names: list[str] | None) -> None:
+        self.names_by_path[path] = names
+        if names is not None:
+            self.class_names = list(dict.fromkeys([*self.class_names, *names])) if self.class_names else names
+
+    def _joined_ids(self, ids: pa.ChunkedArray, path: str) -> pa.ChunkedArray:
+        """Ids by the joined names: two manifests number their classes each in its own way; -1 for no class of them."""
+        own = self.names_by_path.get(path)
+        if not own or self.class_names is None or own == self.class_names[: len(own)]:
+            return ids
+        joined = {label: self.class_names.index(name) for label, name in enumerate(own)}
+        return pa.chunked_array([[joined.get(label, -1) for label in ids.to_pylist()]], pa.int64())
 
     def _add_lineages(self, table: pa.Table, path: str, label: str) -> None:
         self.class_rank = bool(self.ranks) and self.ranks[-1] == label

@@ -142,3 +142,21 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, read_pipe: Callabl
     os.mkfifo(path)
     with pytest.raises(storage.StorageError, match="it is a pipe or a device; name a file"):
         read_pipe(str(path))
+
+
+def test_manifests_that_number_their_classes_otherwise_are_joined_by_name(tmp_path: Path) -> None:
+    """As for photos that come later: each manifest has ids of its own."""
+    rows = {
+        "first": "path,label,split\na.jpg,cat,train\nb.jpg,dog,train\nc.jpg,dog,test\n",
+        "later": "path,label,split\nd.jpg,bird,train\ne.jpg,dog,train\n",
+    }
+    paths = []
+    for name, text in rows.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+        paths.append(str(tmp_path / f"{name}.parquet"))
+        from_table([str(tmp_path / f"{name}.csv")], "/", name).write(paths[-1])
+    joined = from_table(paths, "/", "pets")
+    assert joined.class_names == ("cat", "dog", "bird")
+    assert classes(joined) == ["cat", "dog", "dog", "bird", "dog"]
+    assert joined.table.column("split").to_pylist() == ["train", "train", "test", "train", "train"]
+    assert classes(from_table(paths[::-1], "/", "pets")) == ["bird", "dog", "cat", "dog", "dog"]
