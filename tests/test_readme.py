@@ -133,6 +133,7 @@ def clone(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     (folder / "sweeps").symlink_to(ROOT / "sweeps")
     write_photos(folder / "photos")
+    write_photos(folder / "more-photos", after=60)
     (folder / "photo.jpg").write_bytes(next((folder / "photos").rglob("*.png")).read_bytes())
     (folder / "my-tower").mkdir()
     write_tower(folder / "my-tower", "vit")
@@ -140,10 +141,10 @@ def clone(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_photos(folder: Path) -> None:
+def write_photos(folder: Path, after: int = 0) -> None:
     manifest = Manifest.read("embedded:fashion_mnist_lt")
     for label, number in ((1, 45), (7, 30), (8, 25)):
-        for row in [r for r in manifest.rows_of("train") if manifest.labels[r] == label][:number]:
+        for row in [r for r in manifest.rows_of("train") if manifest.labels[r] == label][after : after + number]:
             place = folder / manifest.class_names[label] / f"{row}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(manifest.table.column("bytes")[int(row)].as_py())
