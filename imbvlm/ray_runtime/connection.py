@@ -146,10 +146,11 @@ def _start_here() -> None:
                 logging_level=logging.WARNING,
             )
     except Exception as error:
-        # Ray raises a bare Exception after a timeout of a minute.
+        # Ray raises a bare Exception after a timeout of a minute, and may add twenty lines of a log.
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise ImbvlmError(
-            f"Ray can't be started on this machine: {str(error).rstrip('.')}. If it is busy with other work try "
-            "again later; Ray's logs are in /tmp/ray."
+            f"Ray can't be started on this machine: {cause}. If it is busy with other work try again later; Ray's logs "
+            "are in /tmp/ray."
         ) from error
 
 

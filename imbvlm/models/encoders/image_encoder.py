@@ -362,7 +362,7 @@ def _check_size(model: nn.Module, image_size: int, source: EncoderSource) -> Non
     if num_bytes is not None and num_values > num_bytes:
         raise ImbvlmError(
             f"can't load the encoder {source.name}: its description asks for {num_values:,} numbers, and its weights "
-            f"have {num_bytes:,} bytes; they don't belong together."
+            f"have {num_bytes:,} bytes; they don't belong together. Copy the folder again."
         )
 
 
