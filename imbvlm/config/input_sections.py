@@ -190,6 +190,11 @@ class PromptsConfig(Section):
         False, description="average a class's texts together with the templates' sentences"
     )
 
+    center_by_parent: Annotated[bool, ADDED_LATER] = Field(
+        False,
+        description="center class names' text features by those of their parent in the manifest's tree, rank by rank",
+    )
+
     @field_validator("templates")
     @classmethod
     def _each_has_one_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from imbvlm.base.schema import Section
+from imbvlm.base.schema import ADDED_LATER, Section
 
 
 class AdapterConfig(Section):
@@ -82,6 +82,9 @@ class ClassMeansConfig(Section):
     """Cosine similarity to class means."""
 
     temperature: float = Field(0.04, gt=0, description="divides cosine similarities")
+    center_by_parent: Annotated[bool, ADDED_LATER] = Field(
+        False, description="center class means by those of their parent in the manifest's tree, rank by rank"
+    )
 
 
 class DiscriminantConfig(Section):

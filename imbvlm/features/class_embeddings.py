@@ -16,6 +16,8 @@ from imbvlm.base import storage
 from imbvlm.base.formatting import pluralize
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.longtail.taxonomy import Taxonomy
+from imbvlm.models.classifier_init import centered_by_parent
 from imbvlm.models.encoders.class_texts import read_class_texts
 from imbvlm.models.encoders.encoder import Encoder, require_text
 from imbvlm.models.encoders.text_prompts import (
@@ -28,14 +30,21 @@ from imbvlm.models.encoders.text_prompts import (
 
 _FOLDER = "class-embeddings"
 _CHECKSUM = "sha256"
+TEXT_KEY = "prompts.center_by_parent"
 
 
 def ensure_class_embeddings(
-    config: TrialConfig, class_names: Sequence[str], root: str, encoder: Encoder, report: Callable[[str], None]
+    config: TrialConfig,
+    class_names: Sequence[str],
+    root: str,
+    encoder: Encoder,
+    report: Callable[[str], None],
+    taxonomy: Taxonomy | None = None,
 ) -> str:
     """Path of a safetensors file with `class_embeddings` (C, E), written where it is missing or damaged.
 
-    Raises ImbvlmError for an image-only encoder, where the text side is not available, and for wrong `prompts.texts`.
+    Raises ImbvlmError for an image-only encoder, where the text side is not available, for wrong `prompts.texts`, and
+    where embeddings are to be centered by a taxonomy that isn't there.
     """
     text, prompts = require_text(encoder), config.prompts or PromptsConfig()
     templates = templates_of(prompts)
@@ -43,6 +52,8 @@ def ensure_class_embeddings(
     key: dict[str, object] = {"tower": text.fingerprint(), "names": list(class_names), "templates": templates}
     if texts:
         key |= {"texts": texts, "add_templates": prompts.add_templates}
+    if prompts.center_by_parent:
+        key["lineages"] = None if taxonomy is None else taxonomy.lineages
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = storage.join(root, _FOLDER, f"{digest}.safetensors")
     if not _is_intact(path):
@@ -64,6 +75,8 @@ def ensure_class_embeddings(
         encoder.to("cuda" if torch.cuda.is_available() else device)
         tensor = class_embeddings(text, class_sentences(prompts, class_names, texts)).contiguous()
         encoder.to(device)
+        if prompts.center_by_parent:
+            tensor = centered_by_parent(tensor, taxonomy, TEXT_KEY)
         checksum = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         storage.write_bytes(path, safetensors.torch.save({"class_embeddings": tensor}, {_CHECKSUM: checksum}))
     return path

@@ -97,7 +97,7 @@ def ensure_features(
     embeddings = None
     if text or (encoder.info.has_text and "image_embedding" in outputs):
         # The text encoder runs before the long pass, so that it fails early where it can't be loaded.
-        embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report)
+        embeddings = ensure_class_embeddings(config, manifest.class_names, root, encoder, report, manifest.taxonomy)
     filled = _Filled([part.contents.digests.copy() for part in parts])
     if any(part.num_images for part in parts):
         encoder.check()

@@ -85,7 +85,13 @@ class TrialData:
         """The parts that a trial's model is built from."""
         stored = self.train if isinstance(self.train, StoredRows) else self.stored
         return ModelInputs(
-            self.info, self.class_names, self.class_embeddings, self.encoder_tensors, stored, self.encoder
+            self.info,
+            self.class_names,
+            self.class_embeddings,
+            self.encoder_tensors,
+            stored,
+            self.encoder,
+            self.taxonomy,
         )
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.input_sections import EncoderConfig
+from imbvlm.longtail.taxonomy import Taxonomy
 
 
 class StoredFeatures(Protocol):
@@ -31,7 +32,7 @@ class ModelInputs:
 
     `class_embeddings` (C, E) is None unless text was extracted. `encoder_tensors` holds those of `final_norm.weight`,
     `final_norm.bias` and `projection` that the encoder has. `encoder` overrides the trial's own section with paths that
-    hold in any folder.
+    hold in any folder. `taxonomy` is the tree over the classes, if any.
     """
 
     info: EncoderInfo
@@ -40,3 +41,4 @@ class ModelInputs:
     encoder_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     stored: StoredFeatures | None = None
     encoder: EncoderConfig | None = None
+    taxonomy: Taxonomy | None = None

@@ -20,7 +20,7 @@ from imbvlm.config.model_sections import ClassMeansConfig, DiscriminantConfig, P
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.longtail.post_hoc_adjustment import balanced_log_likelihood, best_temperature
 from imbvlm.models.classifier import AffineMap, CosineClassifier, FeatureClassifier, autocast_disabled, l2_normalize
-from imbvlm.models.classifier_init import class_means
+from imbvlm.models.classifier_init import centered_by_parent, class_means
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.model_inputs import ModelInputs, StoredFeatures
 
@@ -45,6 +45,8 @@ def build_class_means(
     model = restore_class_means(config, inputs.info, len(inputs.class_names), {})
     width, reads = inputs.info.pooled_width, METHODS[config.method].reads
     means = class_means(nn.Identity(), _stored(inputs), reads, len(inputs.class_names), width, device)
+    if require_section(config.section(ClassMeansConfig)).center_by_parent:
+        means = centered_by_parent(means, inputs.taxonomy, "class_means.center_by_parent")
     model.classifier.load_state_dict({"weight": means})
     return model
 

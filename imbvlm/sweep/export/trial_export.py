@@ -20,6 +20,7 @@ from imbvlm.config.encoder_entries import encoder_terms
 from imbvlm.config.input_sections import PromptsConfig
 from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest, absolute_manifest
+from imbvlm.features.class_embeddings import TEXT_KEY
 from imbvlm.features.extraction import ensure_features
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.inference.model_parts import without_paths
@@ -27,6 +28,8 @@ from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
 from imbvlm.inference.taxonomy_file import ModelTaxonomy
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.longtail.taxonomy import Taxonomy
+from imbvlm.models.classifier_init import centered_by_parent
 from imbvlm.models.encoders.class_texts import read_class_texts
 from imbvlm.models.encoders.encoder import Encoder, require_text
 from imbvlm.models.encoders.encoder_factory import create_encoder
@@ -233,14 +236,16 @@ class TrialExport:
         adjustment = self._adjustment(config)
         if adjustment is None:
             return None
-        embeddings = None
+        embeddings, content = None, json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))
         if adjustment.alpha:
             prompts = config.prompts or PromptsConfig()
             check_class_texts(self.folder, config, keep=False)
             sentences = class_sentences(prompts, class_names, read_class_texts(prompts.texts, class_names))
             embeddings = class_embeddings(require_text(encoder), sentences)
-        counts = json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))["class_counts"]
-        return LogitPostprocessor(adjustment, tuple(counts), embeddings)
+            if prompts.center_by_parent:
+                taxonomy = Taxonomy.from_dict(content["taxonomy"], len(class_names))
+                embeddings = centered_by_parent(embeddings, taxonomy, TEXT_KEY)
+        return LogitPostprocessor(adjustment, tuple(content["class_counts"]), embeddings)
 
     def _adjustment(self, config: TrialConfig) -> PostHocAdjustment | None:
         if self.refits and self.refit_name is not None:

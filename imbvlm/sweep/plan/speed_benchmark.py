@@ -338,6 +338,7 @@ def make_up_data(config: TrialConfig, folder: Path) -> TrialData:
         info=info,
         class_embeddings=embeddings,
         encoder=config.encoder.absolute(),
+        taxonomy=manifest.taxonomy,
     )
 
 
