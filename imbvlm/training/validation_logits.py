@@ -116,11 +116,11 @@ def read_logits(uri: str) -> SavedValLogits | None:
     return SavedValLogits(epochs, tensors, targets, folds, stats, groups)
 
 
-def file_bytes(num_rows: int, num_classes: int, num_folds: int = 1) -> int:
+def file_bytes(num_rows: int, num_classes: int, num_folds: int = 1, *, has_groups: bool = False) -> int:
     """Limit on the size of one trial's file: two epochs' logits, targets, groups, folds and counts."""
     if not RowLogits.fits(num_rows, num_classes):
         return 0
-    of_rows = 12 if num_folds == 1 else 16
+    of_rows = (4 if num_folds == 1 else 8) + (8 if has_groups else 0)
     return 4 * num_rows * num_classes + of_rows * num_rows + 8 * (1 + num_folds) * num_classes
 
 

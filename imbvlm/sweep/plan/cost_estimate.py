@@ -45,7 +45,8 @@ class SplitSizes:
     """Numbers of images; a refit also trains on those held out from training for validation.
 
     With folds a trial on stored features has `num_folds` runs, which together evaluate `folds_val` images. The best
-    trials may be scored again over `confirm_folds`, on so many training images and on those of validation.
+    trials may be scored again over `confirm_folds`, on so many training images and on those of validation. The gap to
+    unseen groups is measured over `gap_folds` on `gap_val` images, twice; 1 where it isn't.
     """
 
     train: int
@@ -56,6 +57,8 @@ class SplitSizes:
     folds_val: int = 0
     confirm_folds: int = 1
     confirm_val: int = 0
+    gap_folds: int = 1
+    gap_val: int = 0
 
     def over_folds(self) -> SplitSizes:
         """Return the sizes with which `confirm_folds` would score all trials."""
@@ -72,6 +75,10 @@ class SplitSizes:
         num_pairs = self.num_folds * (self.num_folds - 1) // 2
         lacking = 2 * self.folds_val // self.num_folds
         return EpochSizes(self.refit - lacking, num_pairs * lacking, num_pairs)
+
+    def of_gap(self, config: TrialConfig) -> EpochSizes:
+        """Return what one of the two kinds of folds that measure the gap reads in an epoch."""
+        return EpochSizes(self.refit - self.gap_val // self.gap_folds, self.gap_val, self.gap_folds)
 
     def of_refit(self, config: TrialConfig) -> EpochSizes:
         """Return what a refit reads in an epoch."""
@@ -317,7 +324,7 @@ class Estimator:
         """Estimate the refits of winner and probe over the seeds and of zero-shot once; in a study those of all trials.
 
         The winner and the members of a blend count as mean trials. There may be as many members as `blend` allows.
-        Where claims are corrected, runs without pairs of folds count as refits.
+        Where claims are corrected, runs without pairs of folds count as refits, and so do those that measure the gap.
         """
         spec, of_refit = self.sweep.spec, self.rows.of_refit
         num_seeds, num_refits = len(spec.refit_seeds), self.sweep.num_trials if spec.study else 1
@@ -329,6 +336,7 @@ class Estimator:
         total = Interval(num_refits * winner, most * winner).times(num_seeds)
         if self._corrects_claims and (of_pairs := self._trial_seconds(self.rows.of_pairs)) is not None:
             total += Interval(of_pairs, max(1, members) * of_pairs)
+        total += self._gap_seconds(max(1, members))
         for config in {baseline.config.method: baseline.config for baseline in self.baselines}.values():
             epoch = self._epoch_seconds(config, of_refit(config))
             if epoch is None:
@@ -336,6 +344,14 @@ class Estimator:
             max_epochs, num_runs = num_epochs(config, self.rows.refit), 1 if config.train is None else num_seeds
             total += Interval(self.start + epoch, self.start + epoch * max_epochs).times(num_runs)
         return total.times(1 / min(self.concurrent, (1 + num_refits) * num_seeds + 1))
+
+    def _gap_seconds(self, members: int) -> Interval:
+        """Estimate both kinds of folds for up to so many members; a model that trains in the encoder has no gap."""
+        stored = [config for config in self.configs if not config.reads_images]
+        seconds = replace(self, configs=stored)._trial_seconds(self.rows.of_gap) if stored else None
+        if self.rows.gap_folds == 1 or seconds is None:
+            return Interval(0.0, 0.0)
+        return Interval(2.0 if len(stored) == len(self.configs) else 0.0, 2.0 * members).times(seconds)
 
 
 def gpu_hours(seconds: Interval, num_gpus: float) -> Interval:

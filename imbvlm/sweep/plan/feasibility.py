@@ -14,8 +14,9 @@ from imbvlm.base.formatting import pluralize
 from imbvlm.config.encoder_info import OUTPUT_NAMES, EncoderInfo, OutputName
 from imbvlm.config.method_registry import METHODS
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.folds import Folds, deal_folds
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.split_power import resolve_confirm_folds, resolve_folds, validation_rows
+from imbvlm.data.split_power import NUM_FOLDS, resolve_confirm_folds, resolve_folds, validation_rows
 from imbvlm.data.splits import train_val_rows
 from imbvlm.longtail.class_stats import SHOT_GROUPS, ClassStats
 from imbvlm.models.encoders.class_texts import describe_class_texts
@@ -250,6 +251,21 @@ def _trials_on(sweep: ResolvedSweep, nodes: Iterable[tuple[float, float]]) -> in
     return sum(_workers_on(sweep, cpus, gpus) for cpus, gpus in nodes) // sweep.spec.num_workers
 
 
+def gap_folds(spec: SweepSpec, manifest: Manifest) -> Folds | str:
+    """The folds of whole groups over which the gap to unseen groups is measured, or why it isn't."""
+    if not manifest.has_groups:
+        return "the manifest has no groups"
+    rows, number = manifest.label_rows(), num_folds(spec, manifest)
+    train, folds = rows.rows_of("train"), deal_folds(rows, number if number > 1 else NUM_FOLDS, spec.split_seed)
+    if rows.groups is not None and len(np.unique(rows.groups[train])) == len(train):
+        return "every training image is a group of its own"
+    if len(folds.folds) < 2:
+        return "its groups don't give two folds, since no fold may have all images of a class"
+    if not RowLogits.fits(len(folds.val_rows) + len(manifest.rows_of("val")), len(manifest.class_names)):
+        return "logits of all folds take too much memory"
+    return folds
+
+
 def num_folds(spec: SweepSpec, manifest: Manifest) -> int:
     """Return the folds that score the sweep's trials on stored features; 1 without folds."""
     return resolve_folds(spec.num_folds, manifest, spec.split_seed)
@@ -359,7 +375,9 @@ def confirm_logit_bytes(sweep: ResolvedSweep, manifest: Manifest, num_ended: int
     if folds == 1:
         return 0
     num_rows = len(validation_rows(manifest, spec.split_seed, folds)) + len(manifest.rows_of("val"))
-    return max(0, max_confirmed(sweep) - num_ended) * file_bytes(num_rows, len(manifest.class_names), folds)
+    return max(0, max_confirmed(sweep) - num_ended) * file_bytes(
+        num_rows, len(manifest.class_names), folds, has_groups=manifest.has_groups
+    )
 
 
 def pair_logit_bytes(sweep: ResolvedSweep, manifest: Manifest) -> int:
@@ -370,7 +388,9 @@ def pair_logit_bytes(sweep: ResolvedSweep, manifest: Manifest) -> int:
     num_rows = (folds - 1) * len(validation_rows(manifest, spec.split_seed, folds))
     # The members of the blend, or the winner, and zero-shot of each encoder.
     num_runs = (1 if spec.blends is None else spec.blends.max_members) + len(encoder_configs(sweep))
-    return num_runs * file_bytes(num_rows, len(manifest.class_names), folds * (folds - 1) // 2)
+    return num_runs * file_bytes(
+        num_rows, len(manifest.class_names), folds * (folds - 1) // 2, has_groups=manifest.has_groups
+    )
 
 
 def max_test_logit_bytes(sweep: ResolvedSweep, manifest: Manifest) -> int:
@@ -387,7 +407,7 @@ def logit_file_bytes(spec: SweepSpec, manifest: Manifest) -> int:
     """Return the bytes of one trial's validation logits."""
     folds = num_folds(spec, manifest)
     num_rows = sum(data_counts(manifest, spec.split_seed, folds)[1])
-    return file_bytes(num_rows, len(manifest.class_names), folds)
+    return file_bytes(num_rows, len(manifest.class_names), folds, has_groups=manifest.has_groups)
 
 
 def untried_methods(sweep: ResolvedSweep, infos: Mapping[str, EncoderInfo]) -> list[str]:
@@ -422,6 +442,10 @@ def check_manifest(sweep: ResolvedSweep, manifest: Manifest) -> None:
     """
     spec = sweep.spec
     text_notes(sweep, manifest)
+    for key in ("prompts.center_by_parent", "class_means.center_by_parent"):
+        if manifest.taxonomy is None and True in sweep.space.values_of(key, spec.base):
+            message = f"{key} is true, and the manifest has no tree over its classes. Build it with --taxonomy"
+            raise ConfigError([Problem(f"{message}, or leave {key} out.", spec.where("base"))])
     folds = num_folds(spec, manifest)
     check_data(spec, *data_counts(manifest, spec.split_seed, folds))
     if folds > 1 and any(config.reads_images for config in sweep.corner_trials()):

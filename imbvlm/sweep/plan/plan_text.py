@@ -13,7 +13,7 @@ from imbvlm.config.encoder_entries import find_entry, score_notes
 from imbvlm.config.model_sections import DecoderConfig
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.split_power import split_power
+from imbvlm.data.split_power import split_powers
 from imbvlm.features.store_sizes import token_size_options
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.cost_estimate import Interval, SplitSizes
@@ -174,8 +174,9 @@ def _inputs(plan: Plan) -> Rows:
     encoders = [("encoder", _encoder_line(plan, encoder)) for encoder in plan.encoders]
     names = [encoder.config.encoder.name for encoder in plan.encoders]
     notes = [] if manifest is None else [*score_notes(names, manifest.name), *text_notes(plan.sweep, manifest)]
-    if manifest is not None and manifest.has_groups:
-        notes.append("groups: the delivered heads train twice more over folds at the end, for the gap to unseen groups")
+    if plan.rows is not None and plan.rows.gap_folds > 1:
+        again = f"twice more over {plan.rows.gap_folds} folds"
+        notes.append(f"groups: the delivered heads train {again} at the end, for the gap to unseen groups")
     described = [("manifest", text), ("validation", _validation(plan)), *encoders]
     return [*described, *(("note", note) for note in notes)]
 
@@ -195,7 +196,7 @@ def _validation(plan: Plan) -> str:
 
 def _confirmation(plan: Plan, rows: SplitSizes, manifest: Manifest) -> str:
     """Describe what validation can't decide, which folds decide then, and what folds would cost from the start."""
-    power, estimate = split_power(manifest.labels[manifest.rows_of("val")], manifest.class_stats()), plan.estimate
+    power, estimate = split_powers(manifest, plan.spec.split_seed)["val"], plan.estimate
     cost = f"{rows.confirm_folds} times as long"
     if estimate is not None and estimate.over_folds is not None:
         cost = between(estimate.over_folds.low, estimate.over_folds.high)

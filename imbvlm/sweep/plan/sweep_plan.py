@@ -54,6 +54,7 @@ from imbvlm.sweep.plan.feasibility import (
     concurrent_trials,
     confirm_folds,
     data_counts,
+    gap_folds,
     max_logit_bytes,
     needed_outputs,
     num_folds,
@@ -227,7 +228,7 @@ def make_plan(spec: SweepSpec, measure: Measure | None, num_gpus: int | None = N
             _plan_encoder(sweep, config, infos, manifest, is_here=is_here) for config in encoder_configs(sweep)
         )
     sample = sample_trials(sweep)
-    rows = None if manifest is None else _split_sizes(sweep, manifest)
+    rows = None if manifest is None else split_sizes(sweep, manifest)
     plan = Plan(
         sweep=sweep,
         manifest=manifest,
@@ -307,10 +308,12 @@ def _read_manifest(spec: SweepSpec) -> tuple[Manifest | None, str]:
         return None, str(error)
 
 
-def _split_sizes(sweep: ResolvedSweep, manifest: Manifest) -> SplitSizes:
+def split_sizes(sweep: ResolvedSweep, manifest: Manifest) -> SplitSizes:
+    """The numbers of images that a sweep's trials, refits and further runs read."""
     spec = sweep.spec
     train, val = train_val_rows(manifest, spec.split_seed)
     folds, folds_again = num_folds(spec, manifest), confirm_folds(sweep, manifest)
+    of_gap = gap_folds(spec, manifest)
     return SplitSizes(
         train=len(train),
         val=len(val),
@@ -320,6 +323,8 @@ def _split_sizes(sweep: ResolvedSweep, manifest: Manifest) -> SplitSizes:
         folds_val=sum(data_counts(manifest, spec.split_seed, folds)[1]),
         confirm_folds=folds_again,
         confirm_val=0 if folds_again == 1 else len(validation_rows(manifest, spec.split_seed, folds_again)),
+        gap_folds=1 if isinstance(of_gap, str) else len(of_gap.folds),
+        gap_val=0 if isinstance(of_gap, str) else len(of_gap.val_rows),
     )
 
 

@@ -15,13 +15,14 @@ from imbvlm.data.folds import deal_folds
 from imbvlm.data.split_power import NUM_FOLDS
 from imbvlm.longtail.group_gap import GroupedRows, group_gap, worst_groups
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.sweep.plan.feasibility import gap_folds
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.delivered_model import DeliveredMember, delivered_members
 from imbvlm.sweep.records.sweep_folder import GAP_FILE, GapReport, write_gap
 from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, settings_with_logits
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.tune.jobs import Job
-from imbvlm.training.validation_logits import RowLogits, read_logits
+from imbvlm.training.validation_logits import read_logits
 
 _SIDES = {"random": True, "groups": False}
 
@@ -34,7 +35,10 @@ def measure_gap(run: SweepRun) -> None:
     storage.delete(storage.join(run.folder, GAP_FILE))
     members = delivered_members(run.folder, run.log, run.spec, run.selection)
     num_folds = run.num_folds if run.num_folds > 1 else NUM_FOLDS
-    problem = _problem(run, members, num_folds)
+    folds = gap_folds(run.spec, run.manifest)
+    problem = folds if isinstance(folds, str) else ""
+    if any(member.refit.config.reads_images for member in members):
+        problem = "the delivered model trains in the encoder, and folds take stored features"
     if problem:
         run.console.print(f"the gap to unseen groups isn't measured: {problem}")
         return
@@ -69,21 +73,6 @@ def measure_gap(run: SweepRun) -> None:
     report = GapReport(gap.at_random, gap.of_groups, gap.interval, gap.num_groups, gap.num_classes, worst)
     write_gap(run.folder, report)
     run.console.print(report.describe())
-
-
-def _problem(run: SweepRun, members: Sequence[DeliveredMember], num_folds: int) -> str:
-    """Why the gap can't be measured; empty if nothing speaks against it."""
-    rows = run.manifest.label_rows()
-    train, folds = rows.rows_of("train"), deal_folds(rows, num_folds, run.spec.split_seed)
-    if rows.groups is not None and len(np.unique(rows.groups[train])) == len(train):
-        return "every training image is a group of its own"
-    if len(folds.folds) < 2:
-        return "its groups don't give two folds, since no fold may have all images of a class"
-    if any(member.refit.config.reads_images for member in members):
-        return "the delivered model trains in the encoder, and folds take stored features"
-    if not RowLogits.fits(len(folds.val_rows) + len(run.manifest.rows_of("val")), len(run.manifest.class_names)):
-        return "logits of all folds take too much memory"
-    return ""
 
 
 def _trial_id(member: DeliveredMember, side: str) -> str:

@@ -16,6 +16,9 @@ from imbvlm.data.folds import deal_folds
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import with_column
 from imbvlm.features.feature_set import FeatureSet
+from imbvlm.sweep.plan.cost_estimate import ALONE, Estimator, Interval, SpeedTable, SplitSizes, cost_key
+from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
+from imbvlm.sweep.plan.sweep_plan import split_sizes
 from imbvlm.sweep.records.adjustment_selection import logits_file
 from imbvlm.sweep.records.sweep_folder import read_gap
 from imbvlm.sweep.run.gap_phase import measure_gap
@@ -71,6 +74,34 @@ def test_both_kinds_of_folds_are_scored_and_the_difference_is_said(
     measure_gap(begun(tmp_path / "sweep", features))
     assert driver.groups == []
     assert read_gap(run.folder) == gap
+
+
+@pytest.mark.parametrize("num_groups", [4, 12])
+def test_the_plan_counts_the_runs_that_measure_it(tmp_path: Path, driver: Driver, num_groups: int) -> None:
+    run = begun(tmp_path / "sweep", with_cameras(tmp_path / "features", num_groups))
+    measure_gap(run)
+    jobs = [record for record in run.log.records.values() if record.kind == "gap"]
+    rows = split_sizes(run.sweep, run.manifest)
+    for job in jobs:
+        saved, sizes = read_logits(logits_file(run.folder, job.trial_id)), rows.of_gap(job.trial_config())
+        assert saved is not None
+        assert len(saved.stats) == sizes.num_runs == rows.gap_folds
+        num_train = [int(stats.counts.sum()) for stats in saved.stats]
+        assert sizes.train == pytest.approx(np.mean(num_train), abs=1)
+        assert sizes.val == int((saved.folds < rows.gap_folds).sum())
+    config = jobs[0].trial_config()
+    speed = TrialSpeed(seconds_per_train_image=1.0, eval_seconds=0.5, host_bytes=0, device_bytes=0)
+    speeds = SpeedTable({cost_key(config): (config.method, speed)})
+
+    def refits(rows: SplitSizes) -> Interval:
+        estimate = Estimator(run.sweep, [config], [], speeds, rows, 1, start=3.0).estimate(0.0, ALONE)
+        assert estimate.refits is not None
+        return estimate.refits
+
+    sizes = rows.of_gap(config)
+    seconds = 3.0 + (sizes.num_runs * sizes.train + 0.5 * sizes.val) * config.train.num_epochs
+    more = refits(rows).low - refits(replace(rows, gap_folds=1)).low
+    assert more == pytest.approx(len(jobs) * seconds)
 
 
 def test_it_is_not_measured_without_groups_or_before_the_refits(tmp_path: Path, driver: Driver) -> None:
