@@ -248,11 +248,14 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
         raise storage_error("read", uri, error) from None
 
 
-def read_json(uri: str) -> Any:
-    """Plain data of a JSON file; raises StorageError where it can't be read, ValueError where it is no JSON."""
+def read_json(uri: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Plain data of a JSON file; raises StorageError where it can't be read, ValueError where it is no JSON.
+
+    `object_pairs_hook` makes an object of its names and values.
+    """
     data = read_bytes(uri, MAX_JSON_BYTES)
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
 

@@ -89,7 +89,8 @@ def predict(
     storage.check_location(model)
     if out:
         check_out(out)
-    possible, shares = read_possible(only) if only else (), read_prevalence(prevalence) if prevalence else None
+    possible = read_possible(only) if only is not None else ()
+    shares = read_prevalence(prevalence) if prevalence is not None else None
     options = PredictionOptions(possible, roll_up, accept, sets, shares)
     images = find_images(locations, split)
     use_ray = ray if ray is not None else len(images) >= MIN_RAY_IMAGES

@@ -9,10 +9,16 @@ from imbvlm.base.errors import ImbvlmError, printable, suggest_name
 
 # Names whose nearest class is sought, which takes long.
 MAX_SUGGESTED = 20
+# Letters of a name that a sentence shows: a file that is no list may be one long line.
+_MAX_LENGTH = 80
 
 
 def read_possible(path: str) -> tuple[str, ...]:
     """The class names in a text file, one a line; raises ImbvlmError for an empty one, StorageError."""
+    if not path:
+        raise ImbvlmError(
+            "--only must name the file of the possible classes, got an empty name. Name it, or leave --only out."
+        )
     try:
         lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -31,10 +37,10 @@ def possible_labels(names: Collection[str], class_names: Sequence[str], noun: st
     if not names:
         raise ImbvlmError("a model needs a possible class, got none. List one or more.")
     classes, wanted = set(class_names), set(names)
-    unknown = [name for name in dict.fromkeys(names) if name not in classes]
+    unknown = [printable(name)[:_MAX_LENGTH] for name in dict.fromkeys(names) if name not in classes]
     if unknown:
-        clauses = [f"{printable(name)!r}: {suggest_name(name, classes)}" for name in unknown[:MAX_SUGGESTED]]
-        clauses += [repr(printable(name)) for name in unknown[MAX_SUGGESTED:]]
+        clauses = [f"{name!r}: {suggest_name(name, classes)}" for name in unknown[:MAX_SUGGESTED]]
+        clauses += [repr(name) for name in unknown[MAX_SUGGESTED:]]
         rule = f"{noun} must be classes of the model, and these are none. Correct or remove them."
         raise ImbvlmError("\n  ".join([rule, *clauses]))
     return [label for label, name in enumerate(class_names) if name in wanted]

@@ -63,6 +63,9 @@ def test_unknown_names_are_refused_with_the_nearest(folder: Path) -> None:
     unknown = [f"name {number}" for number in range(1_000)]
     with pytest.raises(ImbvlmError, match="'name 999'"):
         possible_labels(unknown, [f"class {number}" for number in range(9_000)])
+    with pytest.raises(ImbvlmError) as caught:
+        possible_labels(["x" * 100_000], CLASS_NAMES)
+    assert len(str(caught.value)) < 500, "a file of one long line is no list"
 
 
 def test_a_list_is_a_name_a_line(tmp_path: Path) -> None:
@@ -93,3 +96,5 @@ def test_the_command_predicts_among_the_listed_classes(
     code, rows = predicted(folder, tmp_path, "--only", str(listed))
     assert (code, rows) == (1, [])
     assert "did you mean 'cat'?" in capsys.readouterr().err
+    code, rows = predicted(folder, tmp_path, "--only", "")
+    assert (code, rows) == (1, []), "an empty name is no list of all classes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,15 +23,16 @@ def read_class_texts(path: str | None, class_names: Sequence[str]) -> dict[str, 
     if not storage.exists(path):
         raise ImbvlmError(f"prompts.texts must be a JSON file, and {path} is not there. Give its path.")
     try:
-        content = storage.read_json(path)
+        content = storage.read_json(path, object_pairs_hook=_unique)
     except ValueError as error:
         raise ImbvlmError(f"prompts.texts must be a JSON file, and {path} is none: {error}. {_FORM}.") from None
     if not isinstance(content, dict) or not content:
         raise ImbvlmError(f"prompts.texts must have sentences by class, and {path} has {content!r:.60}. {_FORM}.")
-    wrong = next(_mistakes(content), None)
-    if wrong is not None:
+    wrong = list(_mistakes(content))
+    if wrong:
         raise ImbvlmError(
-            f"prompts.texts must have a list of sentences for each class, and {wrong} in {path}. {_FORM}."
+            f"prompts.texts must have a list of sentences for each class, and {join_limited(wrong, 5)} in {path}. "
+            f"{_FORM}."
         )
     unknown = sorted(content.keys() - set(class_names))
     if unknown:
@@ -47,6 +49,14 @@ def describe_class_texts(path: str, class_names: Sequence[str]) -> str:
     without = [name for name in class_names if name not in texts]
     rest = f"; {len(without):,} without keep the templates: {join_limited(without, 5)}" if without else ""
     return f"prompts.texts {path}: {len(class_names) - len(without):,} of {pluralize(len(class_names), 'class')}{rest}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; raises ValueError for a name that it has twice, of which JSON would keep the last."""
+    repeated = [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
+    if repeated:
+        raise ValueError(f"it names {join_limited([repr(name) for name in repeated], 5)} more than once")
+    return dict(pairs)
 
 
 def _mistakes(content: dict[str, Any]) -> Iterator[str]:

@@ -41,6 +41,8 @@ def test_sentences_are_read_and_classes_without_are_counted(tmp_path: Path) -> N
         ({"lynx": []}, r"and 'lynx' has \[\] in"),
         ({"lynx": ["a cat", " "]}, r"and 'lynx' has ' ' among them in"),
         ({"lynx": ["a cat", 7]}, r"and 'lynx' has 7 among them in"),
+        ({"lynx": {"a": ["b"]}, "wolf": [3]}, r"and 'lynx' has \{'a': \['b'\]\}, 'wolf' has 3 among them in"),
+        ('{"lynx": ["a"], "wolf": ["b"], "lynx": ["c"]}', r"is none: it names 'lynx' more than once\. Write"),
         ({"linx": ["a cat"], "wolf": ["a dog"]}, r"for 1 class that the manifest doesn't have: 'linx'; did you mean"),
     ],
 )
