@@ -194,6 +194,35 @@ def check_features(
     return check(folders or ["runs/features"])
 
 
+StoreFolders = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="FOLDER", help="folders or s3:// URIs of stores; by default runs/features"),
+]
+
+
+def list_features(folders: StoreFolders = None, as_json: Json = False) -> int:
+    """List feature stores: encoder, size, images, bytes, last use, and the sweeps that read them."""
+    from imbvlm.cli.features_care import describe, list_stores, to_dicts
+
+    stores = list_stores(folders or ["runs/features"])
+    print(json.dumps(to_dicts(stores), indent=1) if as_json else describe(stores))
+    return 0
+
+
+def prune_features(
+    manifests: Annotated[
+        str, typer.Option(metavar="FOLDER", help="the folder or s3:// prefix with all your manifests, at any depth")
+    ],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder or s3:// URI of stores")] = "runs/features",
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is shown without it")] = False,
+) -> int:
+    """Show stored features of images that no manifest refers to, older than a day and not of a running sweep."""
+    from imbvlm.cli.features_care import prune
+
+    print("\n".join(prune(folder, manifests, delete=delete)))
+    return 0
+
+
 def train(
     config: Annotated[str, typer.Argument(metavar="FILE", help="a trial's YAML, such as an exported best.yaml")],
     settings: Annotated[
@@ -241,7 +270,7 @@ GROUPS = {
         "imbvlm manifest build --folders photos/ -o photos.parquet",
     ),
     "features": (
-        "Compute and check the stored outputs of encoders.",
+        "Compute, check, list and prune the stored outputs of encoders.",
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
     ),
     "encoder": (
@@ -278,6 +307,11 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
         f"{READ_BY}.\n\n" + examples("imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run"),
     ),
     "features check": (check_features, examples("imbvlm features check runs/features")),
+    "features list": (list_features, examples("imbvlm features list runs/features --json")),
+    "features prune": (
+        prune_features,
+        examples("imbvlm features prune runs/features --manifests .", "imbvlm features prune --manifests . --delete"),
+    ),
     "train": (with_plugins(train), examples("imbvlm train best.yaml --set optim.lr=0.05")),
     "sweep run": (
         sweep_run,

@@ -111,7 +111,7 @@ def check(folders: Sequence[str]) -> int:
     """Print a line for each output of stores, or of folders of stores; returns 1 if a shard is damaged."""
     num_damaged = 0
     for folder in folders:
-        for store in _stores(storage.absolute(folder)):
+        for store in stores_in(storage.absolute(folder)):
             for output in store.outputs:
                 damaged = store.damaged(output)
                 num_damaged += len(damaged)
@@ -120,7 +120,8 @@ def check(folders: Sequence[str]) -> int:
     return int(num_damaged > 0)
 
 
-def _stores(folder: str) -> list[FeatureStore | EarlierStore]:
+def stores_in(folder: str) -> list[FeatureStore | EarlierStore]:
+    """The store in a folder, or the stores in its folders; raises StoreError where there are none."""
     if storage.exists(storage.join(folder, STORE_FILE)):
         return [open_store(folder)]
     folders = [storage.join(folder, name) for name in storage.list_files(folder)]

@@ -37,6 +37,7 @@ from imbvlm.features.extraction_plan import (
 )
 from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import BlockSummary, ImageBlock, LoadedBlock, bad_image_error, load_block
 from imbvlm.features.known_files import record_files
 from imbvlm.features.store_layout import PACE_FILE, TOWER_FILE
@@ -69,6 +70,7 @@ def ensure_features(
     five_crop: tuple[str, ...] = (),
     cache: FeatureCacheConfig | None = None,
     check_encoder: Callable[[EncoderInfo], None] = lambda info: None,
+    sweep: str | None = None,
 ) -> FeatureSet:
     """The stored outputs of the configuration's encoder for some official splits; computes the missing ones.
 
@@ -76,6 +78,8 @@ def ensure_features(
     encoder before anything is computed. With `features.store: false` only class embeddings are stored; they come with
     `text` or image_embedding. Known images stay, those of damaged shards are computed again. Trials
     read through the cache what lies in an object store or is shared by several machines.
+
+    `sweep` is the folder of the sweep that reads them, for a list of stores and their uses.
 
     A pass that takes this process seconds, on a machine of its own, starts no Ray. Raises ImbvlmError where the encoder
     can't be loaded, a disk is too small, or `data.on_bad_image: strict` meets a bad image.
@@ -94,6 +98,7 @@ def ensure_features(
     folders = list(dict.fromkeys(part.store.folder for part in parts))
     for folder in folders:
         _write_encoder_tensors(folder, encoder)
+        FeatureStore.open(folder).record_use(absolute_manifest(config.data.manifest), sweep)
     embeddings = None
     if text or (encoder.info.has_text and "image_embedding" in outputs):
         # The text encoder runs before the long pass, so that it fails early where it can't be loaded.

@@ -7,16 +7,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from imbvlm.base import storage
+from imbvlm.base.json_file import read_json
 from imbvlm.base.storage import FileState
 from imbvlm.config.encoder_info import OUTPUT_NAMES, OutputName
 from imbvlm.features.entry_index import (
@@ -29,13 +30,31 @@ from imbvlm.features.entry_index import (
     read_index,
     write_index,
 )
-from imbvlm.features.shard_file import is_finite, is_intact, open_shard, quantize_int8, shard_keys, to_arrow
+from imbvlm.features.shard_file import (
+    is_finite,
+    is_intact,
+    map_shard,
+    open_shard,
+    quantize_int8,
+    shard_contents,
+    shard_keys,
+    to_arrow,
+)
 from imbvlm.features.store_layout import STORE_FILE, StoreError, StoreLayout
 from imbvlm.features.stored_split import Places, StoredSplit
 
 LEFTOVER_SECONDS = 3600
 # Timestamps are coarse: a file modified less than this ago is not recorded as verified.
 SETTLED_SECONDS = 3.0
+_USES = "uses"
+
+
+class StoreUse(NamedTuple):
+    """The manifest whose images were read from a store, the sweep's folder if it was one, and the time in seconds."""
+
+    manifest: str
+    sweep: str | None
+    at: float
 
 
 @dataclass(frozen=True)
@@ -110,15 +129,7 @@ class FeatureStore:
         scales = None
         if self.layout.stored_as(output) == "int8":
             stored, scales = quantize_int8(stored)
-        contents = np.ascontiguousarray(contents)
-        keys = keys_of_views(contents, views)
-        name = hashlib.blake2b(keys.tobytes(), digest_size=12).hexdigest() + SHARD_SUFFIX
-        data = to_arrow(self.layout, output, name, contents, views, stored, scales, reasons)
-        storage.write_bytes(self.shard_path(output, name), memoryview(data))
-        # The next run verifies a local file, whose times aren't these. An object is what was written.
-        state = FileState(int(data.size), 0, 0)
-        write_index(self.output_folder(output), EntryIndex.of_shard(name, state, keys, reasons))
-        return name
+        return self._write(output, contents, views, stored, scales, reasons)
 
     def index(
         self,
@@ -191,6 +202,57 @@ class FeatureStore:
         if damaged and not storage.is_local(self.folder):
             self._record(output, index, list(indexes), frozenset())
         return damaged
+
+    def record_use(self, manifest: str, sweep: str | None) -> None:
+        """Record that a manifest's images are read now, by a sweep or not; a read-only store stays as it is."""
+        name = hashlib.blake2b(f"{manifest}\0{sweep}".encode(), digest_size=8).hexdigest()
+        use = StoreUse(manifest, sweep, time.time())
+        with contextlib.suppress(storage.StorageError):
+            storage.write_bytes(storage.join(self.folder, _USES, f"{name}.json"), json.dumps(use._asdict()).encode())
+
+    def uses(self) -> list[StoreUse]:
+        """The latest use by each manifest and sweep, the oldest first."""
+        folder = storage.join(self.folder, _USES)
+        uris = (storage.join(folder, name) for name in storage.list_files(folder) if name.endswith(".json"))
+        uses = (read_json(uri, lambda data: StoreUse(**data), "Delete it to go on without it.") for uri in uris)
+        return sorted(filter(None, uses), key=lambda use: use.at)
+
+    def remove(self, output: OutputName, keys: Keys, shards: Collection[str]) -> None:
+        """Remove the entries with these sorted keys from some shards; others of these shards are written anew.
+
+        Quantized entries keep the scales that they have. Raises StorageError.
+        """
+        for name in shards:
+            batch = open_shard(self.shard_path(output, name))
+            present = shard_keys(batch)
+            rows = np.flatnonzero(~np.isin(present, keys))
+            if len(rows):
+                values, scales = map_shard(batch, self.layout, output)
+                contents, views = shard_contents(batch)[rows], batch.column("view").to_numpy()[rows]
+                reasons = batch.column("reason").take(pa.array(rows)).to_pylist()
+                self._write(output, contents, views, np.ascontiguousarray(values[rows]), scales, reasons)
+            if len(rows) < len(present):
+                storage.delete(self.shard_path(output, name))
+        self.index(output, record=True)
+
+    def _write(
+        self,
+        output: OutputName,
+        contents: Digests,
+        views: npt.NDArray[np.integer[Any]],
+        stored: npt.NDArray[Any],
+        scales: npt.NDArray[np.float32] | None,
+        reasons: Sequence[str | None],
+    ) -> str:
+        contents = np.ascontiguousarray(contents)
+        keys = keys_of_views(contents, views)
+        name = hashlib.blake2b(keys.tobytes(), digest_size=12).hexdigest() + SHARD_SUFFIX
+        data = to_arrow(self.layout, output, name, contents, views, stored, scales, reasons)
+        storage.write_bytes(self.shard_path(output, name), memoryview(data))
+        # The next run verifies a local file, whose times aren't these. An object is what was written.
+        state = FileState(int(data.size), 0, 0)
+        write_index(self.output_folder(output), EntryIndex.of_shard(name, state, keys, reasons))
+        return name
 
     def _verified(self, output: OutputName, name: str, state: FileState, verify: bool) -> EntryIndex | None:
         """The index of one shard; None for a damaged one or another store's."""

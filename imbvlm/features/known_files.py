@@ -58,6 +58,16 @@ def row_contents(root: str, rows: pa.Table) -> RowContents:
     return RowContents(digests, is_known, versions)
 
 
+def recorded_contents(root: str, rows: pa.Table) -> Digests:
+    """The contents (K, 16) that the rows of a manifest had when they were last read, wherever their files are now."""
+    embedded = rows.column("bytes").is_valid()
+    files = pc.is_in(
+        (table := _merged(_read(root)[1])).column("uri"), value_set=rows.column("uri").filter(pc.invert(embedded))
+    )
+    parts = (rows.column("content").filter(embedded), table.column("content").filter(files))
+    return np.concatenate([binary_rows(part, DIGEST_BYTES) for part in parts])
+
+
 def _versions(uris: list[str]) -> npt.NDArray[np.int64]:
     try:
         return file_versions(uris)

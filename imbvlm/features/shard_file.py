@@ -67,7 +67,7 @@ def _checksum(batch: pa.RecordBatch, output: OutputName) -> int:
     checksum = zlib.crc32(flat_values(batch, output).view(np.uint8).data)
     images = batch.column(0)
     is_numbered = pa.types.is_integer(images.type)
-    checksum = zlib.crc32(images.to_numpy().tobytes() if is_numbered else _contents(batch).tobytes(), checksum)
+    checksum = zlib.crc32(images.to_numpy().tobytes() if is_numbered else shard_contents(batch).tobytes(), checksum)
     checksum = zlib.crc32(batch.column("view").to_numpy().tobytes(), checksum)
     scales = channel_scales(batch)
     if scales is not None:
@@ -75,13 +75,14 @@ def _checksum(batch: pa.RecordBatch, output: OutputName) -> int:
     return zlib.crc32(json.dumps(batch.column("reason").to_pylist()).encode(), checksum)
 
 
-def _contents(batch: pa.RecordBatch) -> Digests:
+def shard_contents(batch: pa.RecordBatch) -> Digests:
+    """The contents (E, 16) of the images of a shard's entries."""
     return binary_rows(pa.chunked_array([batch.column("content")]), DIGEST_BYTES)
 
 
 def shard_keys(batch: pa.RecordBatch) -> Keys:
     """The keys of a shard's entries, in their order."""
-    return keys_of_views(_contents(batch), batch.column("view").to_numpy())
+    return keys_of_views(shard_contents(batch), batch.column("view").to_numpy())
 
 
 def flat_values(batch: pa.RecordBatch, output: OutputName) -> npt.NDArray[Any]:

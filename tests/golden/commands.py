@@ -87,7 +87,9 @@ def stores() -> dict[str, Any]:
             for path in sorted(description.parent.rglob("*"))
             if path.is_file() and path.suffix in (".arrow", ".safetensors")
         }
-        found[description.parent.name] = {"files": files, "store.json": numbers(json.loads(description.read_bytes()))}
+        # Its encoder may be a folder of this run.
+        layout = {key: value for key, value in json.loads(description.read_bytes()).items() if key != "encoder"}
+        found[description.parent.name] = {"files": files, "store.json": numbers(layout)}
     return found
 
 

@@ -208,6 +208,12 @@ class Lease:
                 return
 
 
+def is_running(folder: str) -> bool:
+    """Whether a sweep runs in a folder, or may: the machine of its last heartbeat may only be out of reach."""
+    holder = _read(storage.join(folder, LEASE_FILE))
+    return holder is not None and not holder.is_gone
+
+
 def _read(uri: str) -> Holder | None:
     """The holder that a lease's file names, None without a file; raises ImbvlmError."""
     try:

@@ -39,6 +39,7 @@ def extract_splits(run: SweepRun, splits: tuple[str, ...]) -> dict[str, FeatureS
             report=run.console.update_live,
             five_crop=tuple(split for split in splits if split == "test"),
             cache=run.spec.feature_copies,
+            sweep=run.folder,
             check_encoder=partial(check_encoder_weights, run.folder, config.encoder),
         )
         run.console.end_live()
