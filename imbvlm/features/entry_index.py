@@ -72,7 +72,7 @@ class EntryIndex:
         return EntryIndex({name: state}, keys[order], np.zeros(len(keys), np.int32), order.astype(np.int32), bad)
 
     @staticmethod
-    def joined(parts: Iterable[EntryIndex]) -> EntryIndex:
+    def union(parts: Iterable[EntryIndex]) -> EntryIndex:
         """All entries of the parts; the first part that has a shard counts for it."""
         shards: dict[str, FileState] = {}
         arrays: list[tuple[Keys, npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []

@@ -149,7 +149,7 @@ class FeatureStore:
         """
         folder = self.output_folder(output)
         shards, indexes = read_index(folder)
-        recorded = EntryIndex.joined(indexes.values())
+        recorded = EntryIndex.union(indexes.values())
         compares_times = verify and storage.is_local(self.folder)
 
         def is_same(name: str) -> bool:
@@ -163,7 +163,7 @@ class FeatureStore:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             results = pool.map(lambda name: self._verified(output, name, shards[name], verify), others)
             verified = [index for index in results if index is not None]
-        index = EntryIndex.joined([recorded.only(same), *verified])
+        index = EntryIndex.union([recorded.only(same), *verified])
         if record and (verified or len(indexes) > 1 or recorded.shards.keys() != index.shards.keys()):
             self._record(output, index, list(indexes), shards.keys() - index.shards.keys())
         return index
