@@ -55,7 +55,7 @@ class Threshold:
     share_of_others: float
 
     @staticmethod
-    def choose(to_copies: Tensor, to_others: Tensor) -> Threshold:
+    def select(to_copies: Tensor, to_others: Tensor) -> Threshold:
         """The threshold by similarities (S,) of images to their changed copies, and to the nearest other ones."""
         lowest, highest = np.quantile(to_copies.numpy(), [1 - MAX_COPIES, 1 - MIN_COPIES], method="lower")
         of_others = np.quantile(to_others.numpy(), 1 - MAX_OTHERS, method="higher")
@@ -83,7 +83,7 @@ class NearDuplicates:
         return sorted(sizes[sizes > 1].tolist(), reverse=True)
 
     def findings(self, manifest: Manifest) -> Iterator[Finding]:
-        """What a check of the manifest says about them."""
+        """Findings for a check of the manifest."""
         threshold = self.threshold
         rule = (
             f"near-duplicates are images with a cosine similarity of {threshold.similarity:.3f} by {self.encoder}, "
@@ -138,13 +138,13 @@ def find_near_duplicates(
     tree = {"data": {"manifest": location}, "encoder": {"name": encoder}, "method": "linear_probe"}
     config = TrialConfig.from_tree(tree)
     features = ensure_features(config, manifest, root, frozenset({"pooled"}), manifest.splits, report=report)
-    parts, kept = [], []
+    parts, read_rows = [], []
     for split in manifest.splits:
         store = features.store(split)
         is_read = np.flatnonzero(store.ok)
         parts.append(store.gather("pooled", is_read).flatten(1))
-        kept.append(manifest.rows_of(split)[is_read])
-    rows, values = np.concatenate(kept), torch.cat(parts)
+        read_rows.append(manifest.rows_of(split)[is_read])
+    rows, values = np.concatenate(read_rows), torch.cat(parts)
     if len(rows) < 2:
         raise ImbvlmError(f"near-duplicates need 2 images that can be read, got {len(rows)}.")
     report("near-duplicates: comparing images with mildly changed copies of their own")
@@ -155,7 +155,7 @@ def find_near_duplicates(
     others = of_sample @ of_sample.T
     ids = torch.from_numpy(copies[rows[sample]])
     others[ids[:, None] == ids] = -1
-    threshold = Threshold.choose((of_sample * changed).sum(dim=1), others.amax(dim=1))
+    threshold = Threshold.select((of_sample * changed).sum(dim=1), others.amax(dim=1))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chains, pairs = np.arange(len(manifest)), list[tuple[int, int, float]]()
     num_blocks = math.ceil(len(rows) / _BLOCK_SIZE)

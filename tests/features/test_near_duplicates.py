@@ -57,16 +57,16 @@ def test_chains_are_connected_components_by_their_lowest_row(parts: list[list[tu
 def test_the_threshold_lets_copies_pass_and_few_others() -> None:
     generator = torch.Generator().manual_seed(0)
     copies = 0.9 + 0.1 * torch.rand(200, generator=generator)
-    apart = Threshold.choose(copies, 0.5 * torch.rand(200, generator=generator))
+    apart = Threshold.select(copies, 0.5 * torch.rand(200, generator=generator))
     assert apart.share_of_copies == pytest.approx(MAX_COPIES, abs=0.01)
     assert apart.share_of_others == 0
-    between = Threshold.choose(copies, 0.92 * torch.rand(200, generator=generator).sqrt())
+    between = Threshold.select(copies, 0.92 * torch.rand(200, generator=generator).sqrt())
     assert MIN_COPIES < between.share_of_copies < MAX_COPIES or between.similarity < 0.92
     assert between.share_of_others <= 0.06
     # All in bursts: the nearest other image is a near-duplicate, and must not hide the others.
-    bursts = Threshold.choose(copies, copies.flip(0))
+    bursts = Threshold.select(copies, copies.flip(0))
     assert bursts.share_of_copies == pytest.approx(MIN_COPIES, abs=0.01)
-    same = Threshold.choose(torch.ones(5), torch.ones(5))
+    same = Threshold.select(torch.ones(5), torch.ones(5))
     assert (same.similarity < 1, same.share_of_copies) == (True, 1)
 
 

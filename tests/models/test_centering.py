@@ -29,7 +29,7 @@ def vectors(number: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("parents", [["all"] * 5, list("abcde")])
 def test_in_a_flat_tree_it_is_centering_by_the_mean_of_all_classes(parents: list[str]) -> None:
-    """Of one parent for all classes, or of one for each."""
+    """All classes have one parent, or each has its own."""
     taxonomy = Taxonomy(("group", "class"), tuple((parent,) for parent in parents))
     expected = normalize(vectors(5) - vectors(5).mean(dim=0), dim=1)
     torch.testing.assert_close(centered_by_parent(vectors(5), taxonomy, KEY), expected)
