@@ -63,7 +63,8 @@ def learn_sets(rows: ScoredRows, coverage: float, shares: Floats | None = None) 
         shared = _quantile(thin.label_probability / prevalence[thin.labels], coverage)
         between = (1 - INTERPOLATION) * shared + INTERPOLATION * lowest / prevalence
         # A higher threshold than that of all would take from the coverage that all are promised.
-        lowest = np.where(has_own, lowest, np.minimum(shared, between) * prevalence)
+        # Divided and multiplied again, the score of the row at the threshold may be below it by a rounding.
+        lowest = np.where(has_own, lowest, np.minimum(shared, between) * prevalence * (1 - 1e-12))
     return PredictionSets(coverage, lowest, has_own)
 
 
