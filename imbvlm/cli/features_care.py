@@ -29,7 +29,7 @@ MIN_AGE_SECONDS = 86_400.0
 
 @dataclass(frozen=True)
 class ListedStore:
-    """What a store holds; `last_used` in seconds, None for a store of version 0.1, which doesn't say."""
+    """A store's content and uses; `last_used` in seconds, None for a store of version 0.1, which doesn't say."""
 
     folder: str
     encoder: str

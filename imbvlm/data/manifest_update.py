@@ -52,7 +52,7 @@ def update_manifest(
     """Give the rows of a new manifest the splits and class numbers that an old one has.
 
     A row is the old one with its uri, or with its content where it is embedded. Copies of an old image, and images of
-    an old group, go to that image's split. Of the other added rows `test_share` is held out. `written_ns` is the time
+    an old group, go to that image's split. `test_share` is held out of the other added rows. `written_ns` is the time
     of the old manifest's file. Raises ImbvlmError for a tree whose classes have other numbers now.
     """
     class_names = tuple(dict.fromkeys((*old.class_names, *new.class_names)))

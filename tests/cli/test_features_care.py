@@ -85,8 +85,8 @@ def test_images_without_a_manifest_are_shown_and_go_only_with_delete(
     before = StoredSplit.open(store.write_split(CONTENTS[[0, 1, 2, 5]], NUM_VIEWS, ("tokens", "pooled")))
     expected = {output: before.gather(output, np.arange(4)).numpy() for output in LAYOUT.shapes}
     run("prune", str(tmp_path / "features"), "--manifests", str(tmp_path / "data"))
-    said = capsys.readouterr().out
-    assert "5 images, 0.2 kB, to prune with --delete" in said
+    printed = capsys.readouterr().out
+    assert "5 images, 0.2 kB, to prune with --delete" in printed
     assert rows_in(store) == list(range(NUM_ROWS))
     run("prune", str(tmp_path / "features"), "--manifests", str(tmp_path / "data"), "--delete")
     assert "5 images, 0.2 kB, pruned" in capsys.readouterr().out

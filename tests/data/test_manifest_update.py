@@ -54,7 +54,7 @@ def test_old_images_keep_their_splits_and_classes_their_numbers_and_differences_
     photo(photos / "dog" / "4.png", 999)
     capsys.readouterr()
     new = build(photos, "new.parquet", "--update", photos.parent / "old.parquet", "--test-share", "0.3")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     after = splits_of(new)
     assert new.class_names == ("dog", "fox", "ant")
     assert {name: after[name] for name in before if name in after} == {
@@ -64,10 +64,10 @@ def test_old_images_keep_their_splits_and_classes_their_numbers_and_differences_
     assert sum(split == "test" for name, split in after.items() if name.startswith("ant")) == 3
     labels = dict(zip(splits_of(new), new.labels.tolist(), strict=True))
     assert all(labels[name] == ("dog", "fox", "ant").index(name.split("/")[0]) for name in labels)
-    assert "11 images added: " in said
-    assert f"1 image gone: {photos / 'dog' / '3.png'}" in said
-    assert f"1 image changed since: {photos / 'dog' / '4.png'}" in said
-    assert "another label" not in said
+    assert "11 images added: " in printed
+    assert f"1 image gone: {photos / 'dog' / '3.png'}" in printed
+    assert f"1 image changed since: {photos / 'dog' / '4.png'}" in printed
+    assert "another label" not in printed
 
 
 def test_without_a_share_added_images_train_and_nothing_new_is_said_so(
