@@ -18,7 +18,7 @@ from imbvlm.data.sources.benchmark_registry import BENCHMARKS
 
 if TYPE_CHECKING:
     from imbvlm.data.manifest import Manifest
-    from imbvlm.features.near_duplicates import NearDuplicates
+    from imbvlm.inference.near_duplicates import NearDuplicates
 
 # Names of RANKS, NAMES and SHAPES, which a test compares: importing those costs half a second.
 Rank = Literal["species", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory"]
@@ -389,7 +389,7 @@ def _near_duplicates(
     # Imported here, since the import costs seconds.
     from imbvlm.base import storage
     from imbvlm.base.console import Console
-    from imbvlm.features.near_duplicates import find_near_duplicates
+    from imbvlm.inference.near_duplicates import find_near_duplicates
 
     storage.check_folder(features)
     console, log = Console(), None

@@ -124,7 +124,7 @@ class ModelCalibration:
         if prevalence == EVEN:
             return np.ones(len(self.class_names))
         if isinstance(prevalence, str):
-            raise ImbvlmError(f"a prevalence is {TRAINING}, {EVEN} or shares by class, got {prevalence!r}.")
+            raise ImbvlmError(f"a prevalence must be {TRAINING}, {EVEN} or shares by class, got {prevalence!r}.")
         shares = np.zeros(len(self.class_names))
         possible_labels(prevalence, self.class_names, "classes with a share")
         for name, share in prevalence.items():

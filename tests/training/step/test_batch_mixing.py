@@ -153,7 +153,7 @@ def test_gradients_of_soft_targets_are_the_derivatives_and_finite(name: str) -> 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - SOFT_TARGETS))
 def test_other_losses_refuse_soft_targets(name: str, data: TrialData) -> None:
-    with pytest.raises(ImbvlmError, match=f"loss {name} takes one class"):
+    with pytest.raises(ImbvlmError, match=f"loss {name} needs one class"):
         build_loss(name, COUNTS)(torch.zeros(2, CLASSES), torch.full((2, CLASSES), 0.25))
     with pytest.raises(ConfigError, match=rf"loss {name} takes one class\. Choose a loss with label_smo"):
         tiny_config("linear_probe", loss__name=name, feature_augmentation__mixup=0.2)

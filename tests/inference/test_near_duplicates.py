@@ -16,7 +16,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
 from imbvlm.features import near_duplicates
-from imbvlm.features.near_duplicates import (
+from imbvlm.inference.near_duplicates import (
     MAX_COPIES,
     MIN_COPIES,
     Threshold,
