@@ -31,7 +31,7 @@ from imbvlm.sweep.tune.samplers import make_sampler
 from imbvlm.training.trial_run import build_trial
 
 QUICKSTART = Path(__file__).parents[2] / "sweeps" / "quickstart.py"
-# What a page says to add to a sweep's command, such as `--plugin losses.py --set loss.name=poly1`.
+# The options that a page adds to a sweep's command, such as `--plugin losses.py --set loss.name=poly1`.
 CHOICES = [
     choice
     for page in PAGES
