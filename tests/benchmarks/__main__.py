@@ -23,9 +23,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHO
 from table import HEADING, Options  # noqa: E402
 
 # Each is a file beside this one with a function `lines`. What a sweep costs, in the order in which it runs:
-TABLE = ("extraction", "epoch", "overhead", "packs", "growth", "store", "tokens", "search", "quality", "sweep")
+TABLE = ("extraction", "epoch", "overhead", "packs", "growth", "store", "tokens", "search", "sweep")
 # And what its defaults rest on:
-MORE = ("arms", "attention", "choice", "demonstration", "precision", "views", "starts", "images")
+MORE = ("arms", "attention", "choice", "quality", "demonstration", "precision", "views", "starts", "images")
 
 
 def main() -> int:
