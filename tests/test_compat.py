@@ -61,6 +61,9 @@ def test_an_export_over_an_exported_model_replaces_it(sample: Path) -> None:
     assert {path for path in (sample / "exported").rglob("*") if path.is_file()} == {
         *files,
         sample / "exported" / "export.json",
+        # Trials of 0.1 kept their validation logits, by which predictions are accepted.
+        sample / "exported" / "model" / "calibration.json",
+        sample / "exported" / "model" / "calibration.safetensors",
     }
 
 

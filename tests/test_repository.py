@@ -49,7 +49,7 @@ def test_the_changelog_names_the_formats_that_are_written() -> None:
         "exported model, `model/config.json`": f"{SINGLE_FORMAT} for one model",
         "exported blend, `model/config.json`": str(BLEND_FORMAT),
         "list of an export, `export.json`": str(export_folder.FORMAT),
-        "feature store, `store.json`": str(store_layout.FORMAT_VERSION),
+        "feature store of images, `store.json`, `*.index`, `known-files/`, `splits/`": str(store_layout.FORMAT_VERSION),
         "checkpoint, `state.json`": str(checkpoint.FORMAT),
         "results of a refit by class, `per_class.json`": str(per_class_results.FORMAT),
     }.items():

@@ -304,7 +304,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     ),
     "features extract": (
         with_plugins(extract_features),
-        f"{READ_BY}.\n\n" + examples("imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run"),
+        f"{READ_BY}\n\n" + examples("imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run"),
     ),
     "features check": (check_features, examples("imbvlm features check runs/features")),
     "features list": (list_features, examples("imbvlm features list runs/features --json")),

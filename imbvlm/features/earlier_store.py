@@ -43,7 +43,9 @@ class EarlierStore:
             layout = StoreLayout(data["digest"], data["precision"], shapes, data.get("int8_tokens", False))
             return EarlierStore(folder, layout, data["num_rows"], data["num_views"], data["rows_per_shard"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is not a feature store's description ({error}). Delete its folder to compute it anew.") from None
+            raise StoreError(
+                f"{path} is not a feature store's description ({error}). Delete its folder to compute it anew."
+            ) from None
 
     @property
     def outputs(self) -> tuple[OutputName, ...]:

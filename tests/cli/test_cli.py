@@ -239,7 +239,7 @@ def test_all_exit_codes_are_told_of_and_0_1_and_2_mean_what_is_said(
         assert (code, out) == (1, ""), words
         assert err.startswith("imbvlm: "), words
         assert "Traceback" not in err
-    assert "run: python sweeps/inat.py --dry-run" in leave(capsys, "plan", "sweeps/inat.py")[2]
+    assert "Run `python sweeps/inat.py --dry-run`." in leave(capsys, "plan", "sweeps/inat.py")[2]
     for words in (
         ("trian",),
         ("sweep", "show"),
@@ -375,7 +375,7 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(
 ) -> None:
     """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    options, _, named = app.READ_BY[app.READ_BY.index("--encoder") :].partition(" sweeps/quickstart.py ")
+    options, _, named = app.READ_BY[app.READ_BY.index("--encoder") :].partition(" with --image-size ")
     sizes = [re.findall(r"\b\d+\b", part) for part in named.split("sweeps/paper.py")]
     for name, own in zip(("quickstart", "paper"), sizes, strict=True):
         spec = importlib.import_module(f"sweeps.{name}").spec

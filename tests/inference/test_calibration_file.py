@@ -142,7 +142,7 @@ def test_a_prevalence_file_has_a_class_and_a_share_in_each_row(tmp_path: Path) -
         ({"accept": 1.5}, "the share to accept must be between 0 and 1, got 1.5"),
         ({"sets": 0.0}, "the coverage of sets must be between 0 and 1, got 0"),
         ({"prevalence": "even"}, "a prevalence is for decisions, and none was asked for"),
-        ({"accept": 0.9, "prevalence": "balanced"}, "a prevalence is training, even or shares by class"),
+        ({"accept": 0.9, "prevalence": "balanced"}, "a prevalence must be training, even or shares by class"),
         ({"accept": 0.9, "prevalence": {"cats": 1}}, "did you mean 'cat'"),
         ({"accept": 0.9, "prevalence": {"cat": -1.0}}, "must be a number from 0 up"),
     ],

@@ -15,7 +15,7 @@ from PIL import Image
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.data.images.decoding import decode_picture
 from imbvlm.data.manifest import Manifest
-from imbvlm.features import near_duplicates
+from imbvlm.inference import near_duplicates
 from imbvlm.inference.near_duplicates import (
     MAX_COPIES,
     MIN_COPIES,

@@ -434,7 +434,7 @@ def test_a_frozen_tower_on_images_scores_as_on_stored_features(vit: TinyImages) 
     torch.testing.assert_close(
         trial_logits(streamed, streamed.data.val), trial_logits(stored, stored.data.val), atol=1e-3, rtol=0
     )
-    assert streamed.data.stored.store.outputs == ()
+    assert streamed.data.stored.store.read == ()
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "decoder"])

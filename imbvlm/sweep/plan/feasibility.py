@@ -444,8 +444,8 @@ def check_manifest(sweep: ResolvedSweep, manifest: Manifest) -> None:
     text_notes(sweep, manifest)
     for key in ("prompts.center_by_parent", "class_means.center_by_parent"):
         if manifest.taxonomy is None and True in sweep.space.values_of(key, spec.base):
-            message = f"{key} is true, and the manifest has no tree over its classes. Build it with --taxonomy"
-            raise ConfigError([Problem(f"{message}, or leave {key} out.", spec.where("base"))])
+            rule = f"{key} needs a manifest with a tree over its classes"
+            raise ConfigError([Problem(f"{rule}; build it with --taxonomy, or leave {key} out", spec.where("base"))])
     folds = num_folds(spec, manifest)
     check_data(spec, *data_counts(manifest, spec.split_seed, folds))
     if folds > 1 and any(config.reads_images for config in sweep.corner_trials()):

@@ -27,7 +27,7 @@ def check_labels(run: SweepRun) -> None:
     if isinstance(scored, str):
         run.console.print(f"labels aren't checked: {scored}")
         return
-    rows = _validated_rows(run, members[0].refit.record.trial_config(), len(scored.saved.stats))
+    rows = _validated_rows(run, members[0].refit.config, len(scored.saved.stats))
     if not np.array_equal(run.manifest.labels[rows], scored.saved.targets.numpy()):
         run.console.print("labels aren't checked: images have become readable or unreadable since they were scored")
         return
