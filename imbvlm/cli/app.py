@@ -55,8 +55,8 @@ Output = StrEnum("Output", ["tokens", "pooled", "image_embedding"])
 # Outputs of another image size or crop are other outputs, which a sweep can't read.
 READ_BY = (
     "A sweep with the same encoder, encoder.image_size, eval.resize and features reads these outputs. Any other sweep "
-    "computes its own. sweeps/quickstart.py reads those of --encoder tinylit_lite0 --set eval.resize=1.0 with "
-    "--image-size 64 and 128, a small sweeps/paper.py those with 96."
+    "computes its own. With --encoder tinylit_lite0 --set eval.resize=1.0 sweeps/quickstart.py reads sizes 64 and 128, "
+    "a small sweeps/paper.py 96."
 )
 
 

@@ -375,7 +375,7 @@ def test_extracted_features_are_those_that_the_named_sweeps_read(
 ) -> None:
     """By default they were of another image size and crop than the quickstart's, for which they were computed anew."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    options, _, named = app.READ_BY[app.READ_BY.index("--encoder") :].partition(" with --image-size ")
+    options, _, named = app.READ_BY[app.READ_BY.index("--encoder") :].partition(" sweeps/quickstart.py ")
     sizes = [re.findall(r"\b\d+\b", part) for part in named.split("sweeps/paper.py")]
     for name, own in zip(("quickstart", "paper"), sizes, strict=True):
         spec = importlib.import_module(f"sweeps.{name}").spec

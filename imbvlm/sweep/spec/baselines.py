@@ -60,7 +60,8 @@ def feature_key(config: TrialConfig) -> str:
     """Return a key that is equal for configurations that read the same features."""
     tree = config.to_tree()
     sections = {
-        "encoder": tree["encoder"],
+        # Sweeps of 0.1 recorded paths relative to where they ran.
+        "encoder": config.encoder.absolute().model_dump(),
         "features": {key: value for key, value in tree["features"].items() if f"features.{key}" not in OTHER_KEYS},
         "eval": tree["eval"],
         "prompts": tree.get("prompts") or {},
