@@ -52,6 +52,8 @@ def check_labels(run: SweepRun) -> None:
 def _validated_rows(run: SweepRun, config: TrialConfig, num_folds: int) -> Rows:
     """Manifest row numbers of a trial's validation rows, in the order of its logits."""
     features, table = run.features[feature_key(config)], run.manifest.label_rows()
+    # A sweep of 0.1 has recorded a relative path.
+    config = config.model_copy(update={"encoder": features.encoder})
     if num_folds == 1:
         split = "val" if len(table.rows_of("val")) else "train"
         return table.rows_of(split)[TrialData.open(config, features, table=table).val.rows]
