@@ -410,7 +410,7 @@ def test_a_tower_worker_killed_in_the_middle_of_extraction_costs_nothing(
     quiet: Sweep, manifest: Path, tmp_path: Path, order: Callable[..., Any]
 ) -> None:
     sweep = Sweep(tmp_path, manifest)
-    shards = lambda: list((tmp_path / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
+    shards = lambda: list((tmp_path / "runs" / "features").rglob("*.arrow"))  # noqa: E731
     with order(tower_seconds=1.0) as ids:
         sweep.start()
         sweep.wait_for(lambda: len(shards()) >= 3)
@@ -481,7 +481,7 @@ def test_a_disk_that_is_full_while_the_store_is_written(
     quiet: Sweep, manifest: Path, tmp_path: Path, small_disk: Apart, order: Callable[..., Any]
 ) -> None:
     sweep, alone = Sweep(tmp_path, manifest, there=small_disk), {"RAY_ADDRESS": "local"}
-    shards = lambda: list((small_disk.path(tmp_path) / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
+    shards = lambda: list((small_disk.path(tmp_path) / "runs" / "features").rglob("*.arrow"))  # noqa: E731
     with order(tower_seconds=1.0):
         sweep.start(environment=alone)
         sweep.wait_for(lambda: len(shards()) >= 3)

@@ -171,7 +171,7 @@ def test_a_node_killed_in_the_middle_of_extraction_costs_nothing(
     """Half of the CPUs are gone for good, and what worked there comes to where the rest works."""
     with cluster_of(3) as (cluster, workers, environment):
         sweep = Sweep(tmp_path, manifest)
-        shards = lambda: list((tmp_path / "runs" / "features").rglob("shard-*.arrow"))  # noqa: E731
+        shards = lambda: list((tmp_path / "runs" / "features").rglob("*.arrow"))  # noqa: E731
         order(fault_orders, tower_seconds=1.0)
         sweep.start(environment=environment)
         sweep.wait_for(lambda: len(shards()) >= 3)
@@ -188,7 +188,7 @@ def test_a_pass_that_no_machine_is_left_for_says_so_and_goes_on_with_another(
         features = tmp_path / "runs" / "features"
         order(fault_orders, tower_seconds=1.0)
         sweep.start(environment=environment)
-        sweep.wait_for(lambda: len(list(features.rglob("shard-*.arrow"))) >= 3)
+        sweep.wait_for(lambda: len(list(features.rglob("*.arrow"))) >= 3)
         progress = sweep.path / "progress.log"
         cluster.remove_node(workers[0], allow_graceful=False)
         sweep.wait_for(lambda: "waiting for a machine: an encoder worker needs" in progress.read_text(), 120)
