@@ -15,6 +15,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import Z95
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.group_gap import GroupedRows, few_groups_factor, group_standard_error, resampled_accuracies
+from imbvlm.longtail.metrics import balanced_standard_error
 
 NUM_RESAMPLES = 200
 # 50 of these resamples lie beyond a percentile of 2.5 %.
@@ -98,7 +99,7 @@ def bias_corrected_claims(
 
 
 @dataclass(frozen=True)
-class ScoredRows:
+class RowOutcomes:
     """Correctness (N,) of rows by models that each were trained on `num_seen` (N,) images of the row's class."""
 
     correct: Floats
@@ -107,8 +108,8 @@ class ScoredRows:
 
 def corrected_claims(
     claims: Mapping[str, Claim],
-    by_folds: ScoredRows,
-    by_pairs: ScoredRows,
+    by_folds: RowOutcomes,
+    by_pairs: RowOutcomes,
     row_of: Labels,
     targets: Tensor,
     stats: ClassStats,
@@ -139,7 +140,7 @@ def corrected_claims(
     return corrected
 
 
-def _gains_and_steps(by_folds: ScoredRows, by_pairs: ScoredRows, row_of: Labels) -> tuple[Floats, Floats]:
+def _gains_and_steps(by_folds: RowOutcomes, by_pairs: RowOutcomes, row_of: Labels) -> tuple[Floats, Floats]:
     """What rows (N,) lose on average with a second fold, and by how much 1 / sqrt(images of their class) rises (N,).
 
     Models that saw no image of the row's class count for neither.
@@ -213,10 +214,8 @@ def macro_claim(correct: Floats, labels: Labels, groups: Labels | None = None) -
     present = totals > 0
     value = float((sums[present] / totals[present]).mean())
     # Models differ between samples as images do. With n - 1 in place of n small classes make room for it.
-    n = totals[present].astype(np.float64)
-    likely = (sums[present] + 1) / (n + 2)
-    error = float(np.sqrt((likely * (1 - likely) / np.maximum(n - 1, 1)).sum()) / len(n))
-    claim = Claim(value=value, standard_error=error, num_classes=len(n), num_rows=len(labels))
+    error = balanced_standard_error(sums, totals, ddof=1)
+    claim = Claim(value=value, standard_error=error, num_classes=int(present.sum()), num_rows=len(labels))
     if groups is None:
         return claim
     rows = GroupedRows(labels, groups, correct)

@@ -126,14 +126,17 @@ class CalibrationBins:
         return {"expected_calibration_error": float((right - confidence).abs().sum() / rows.sum())}
 
 
-def balanced_standard_error(correct: npt.NDArray[np.int64 | np.float64], total: npt.NDArray[np.int64]) -> float:
+def balanced_standard_error(
+    correct: npt.NDArray[np.int64 | np.float64], total: npt.NDArray[np.int64], *, ddof: int = 0
+) -> float:
     """Standard error of the macro accuracy over classes with rows: sqrt(sum p (1 - p) / n) / C.
 
     p is (correct + 1) / (rows + 2) [Agresti and Coull 1998]: a class with three correct rows of three isn't certain.
+    n is the rows less `ddof`, at least 1.
     """
     n = total[total > 0].astype(np.float64)
     p = (correct[total > 0] + 1) / (n + 2)
-    return float(np.sqrt((p * (1 - p) / n).sum()) / len(n))
+    return float(np.sqrt((p * (1 - p) / np.maximum(n - ddof, 1)).sum()) / len(n))
 
 
 def per_class_accuracy(correct: npt.ArrayLike, total: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -25,7 +25,7 @@ from imbvlm.data.manifest_schema import SPLITS
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.extraction import ensure_features
 from imbvlm.longtail.blending import Blend, BlendPool, Candidate, decide_blend
-from imbvlm.longtail.claims import Claim, ScoredRows, bias_corrected_claims, corrected_claims, macro_claim
+from imbvlm.longtail.claims import Claim, RowOutcomes, bias_corrected_claims, corrected_claims, macro_claim
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import log_prior
 from imbvlm.longtail.metrics import balanced_standard_error
@@ -414,7 +414,7 @@ def claimed(plan: Plan, pool: Pool, seed: int) -> tuple[ClaimedDraw, ClaimedDraw
     return result[0], result[1]
 
 
-def scored_rows(blend: Blend, pool: Pool, sample: Sample, correct: Array) -> tuple[ScoredRows, ScoredRows, Array]:
+def scored_rows(blend: Blend, pool: Pool, sample: Sample, correct: Array) -> tuple[RowOutcomes, RowOutcomes, Array]:
     """Rows scored without their fold, given which are correct (N,), and without one more; the former's number (P,)."""
     folds = deal_folds(sample.rows, NUM_FOLDS, seed=0)
     place = np.argsort(folds.val_rows)
@@ -429,8 +429,8 @@ def scored_rows(blend: Blend, pool: Pool, sample: Sample, correct: Array) -> tup
             [np.bincount(labels[part.train], minlength=pool.num_classes)[labels[part.val]] for part in parts]
         )
 
-    by_pairs = ScoredRows((predicted == sample.rows.labels[rows]).astype(float), num_seen(pairs))
-    return ScoredRows(correct, num_seen(folds.folds)), by_pairs, place[np.searchsorted(folds.val_rows[place], rows)]
+    by_pairs = RowOutcomes((predicted == sample.rows.labels[rows]).astype(float), num_seen(pairs))
+    return RowOutcomes(correct, num_seen(folds.folds)), by_pairs, place[np.searchsorted(folds.val_rows[place], rows)]
 
 
 def claim_lines(name: str, plan: Plan, pool: Pool) -> Iterator[Line]:

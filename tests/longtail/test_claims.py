@@ -15,7 +15,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import Z95
 from imbvlm.longtail.claims import (
     Claim,
-    ScoredRows,
+    RowOutcomes,
     bias_corrected_claims,
     corrected_claims,
     macro_claim,
@@ -26,7 +26,7 @@ from imbvlm.longtail.class_stats import ClassStats
 
 COUNTS = np.array([60, 30, 12, 8, 5, 2])
 # Rows by folds, by pairs of folds, and the former's numbers of the latter.
-Scored = tuple[ScoredRows, ScoredRows, np.ndarray]
+Scored = tuple[RowOutcomes, RowOutcomes, np.ndarray]
 
 
 def labels_of(counts: np.ndarray = COUNTS) -> np.ndarray:
@@ -143,8 +143,8 @@ def folds_and_pairs(counts: np.ndarray, accuracy: Callable[[np.ndarray], np.ndar
         (own[folds[row_of]] - of_class[others])[np.arange(len(row_of)), labels[row_of]],
     )
 
-    def scored(seen: np.ndarray, of: np.ndarray) -> ScoredRows:
-        return ScoredRows(np.where(seen > 0, accuracy(np.maximum(seen, 1))[np.arange(len(seen)), of], 0.0), seen)
+    def scored(seen: np.ndarray, of: np.ndarray) -> RowOutcomes:
+        return RowOutcomes(np.where(seen > 0, accuracy(np.maximum(seen, 1))[np.arange(len(seen)), of], 0.0), seen)
 
     return labels, (scored(seen, labels), scored(seen_of_pairs, labels[row_of]), row_of)
 
@@ -354,7 +354,7 @@ def test_fewer_than_ten_groups_have_no_interval(num_groups: int) -> None:
     right = torch.from_numpy(np.arange(90) % 4 > 0)
     stats = ClassStats.from_counts([300, 50, 10])
     claims = bias_corrected_claims(lambda _: right, torch.from_numpy(labels), stats, groups=groups, num_resamples=5)
-    scored = ScoredRows(np.ones(90), np.full(90, 8))
+    scored = RowOutcomes(np.ones(90), np.full(90, 8))
     corrected_ = corrected_claims(claims, scored, scored, np.arange(90), torch.from_numpy(labels), stats, groups)
     for claim in (*claims.values(), *corrected_.values()):
         assert (claim.standard_error, claim.half_width, claim.num_groups) == (None, np.inf, num_groups)

@@ -27,7 +27,7 @@ from imbvlm.longtail.blending import (
     blended_logits,
     decide_blend,
 )
-from imbvlm.longtail.claims import Claim, ScoredRows, bias_corrected_claims, corrected_claims
+from imbvlm.longtail.claims import Claim, RowOutcomes, bias_corrected_claims, corrected_claims
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
@@ -185,7 +185,7 @@ def correct_claims(
 
 def _scored_members(
     folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[BlendMember], runs: Mapping[str, TrialRecord]
-) -> tuple[ScoredRows, SavedValLogits] | None:
+) -> tuple[RowOutcomes, SavedValLogits] | None:
     """Correctness of members' blended logits, and what was saved, of the runs in `runs`; None if some are missing."""
     logits, saved = dict[str, Tensor](), None
     for record in (log.records[member.name] for member in members):
@@ -197,7 +197,7 @@ def _scored_members(
         return None
     correct = (blended_logits(members, logits).argmax(dim=1) == saved.targets).double().numpy()
     counts = np.stack([stats.counts for stats in saved.stats])
-    return ScoredRows(correct, counts[saved.folds.numpy(), saved.targets.numpy()]), saved
+    return RowOutcomes(correct, counts[saved.folds.numpy(), saved.targets.numpy()]), saved
 
 
 def write_selection(folder: str, selection: Selection) -> None:
