@@ -153,6 +153,11 @@ def split_codes(split: pa.ChunkedArray) -> npt.NDArray[np.int8]:
     return codes.to_numpy().astype(np.int8)
 
 
+def split_column(codes: Iterable[int]) -> pa.Array:
+    """The column of the splits with these indices in SPLITS."""
+    return pa.array([SPLITS[code] for code in codes], SCHEMA.field("split").type)
+
+
 def content_groups(table: pa.Table) -> Rows:
     """A number per row (N,), equal for rows with the same content digest or, without one, the same uri."""
     uris = _ids(table.column("uri"))

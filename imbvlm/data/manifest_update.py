@@ -11,7 +11,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.files.file_listing import file_states
 from imbvlm.data.manifest import Manifest
-from imbvlm.data.manifest_schema import SCHEMA, SPLITS, content_groups, joined_groups, with_column
+from imbvlm.data.manifest_schema import content_groups, joined_groups, split_codes, split_column, with_column
 from imbvlm.data.splits import hold_out_test_split
 
 _MAX_SHOWN = 5
@@ -60,14 +60,14 @@ def update_manifest(
         raise ImbvlmError(
             "--taxonomy must be a CSV file with --update, got columns of a table. Write the tree as a CSV file."
         )
-    numbers = np.array([class_names.index(name) for name in new.class_names])
+    number_of = {name: number for number, name in enumerate(class_names)}
+    numbers = np.array([number_of[name] for name in new.class_names])
     labels = numbers[new.labels].astype(np.int32)
     old_rows, names = {name: row for row, name in enumerate(_row_names(old))}, _row_names(new)
     earlier = np.array([old_rows.get(name, -1) for name in names], dtype=np.int64)
     is_old = earlier >= 0
-    splits = np.array(new.table.column("split").cast(pa.string()).to_pylist(), dtype=object)
-    old_splits = np.array(old.table.column("split").cast(pa.string()).to_pylist(), dtype=object)
-    splits[is_old] = old_splits[earlier[is_old]]
+    splits = split_codes(new.table.column("split"))
+    splits[is_old] = split_codes(old.table.column("split"))[earlier[is_old]]
     groups = joined_groups(new.table)
     units = content_groups(new.table) if groups is None else groups
     old_units, first = np.unique(units[is_old], return_index=True)
@@ -79,13 +79,11 @@ def update_manifest(
     if test_share is not None and len(free):
         rows = replace(new, table=table, class_names=class_names, split_counts=None).take(free)
         held_out = hold_out_test_split(rows, test_share, seed=seed)
-        splits[free] = held_out.table.column("split").cast(pa.string()).to_pylist()
-    codes = pa.array([SPLITS.index(split) for split in splits], pa.int8())
-    column = pa.DictionaryArray.from_arrays(codes, pa.array(SPLITS)).cast(SCHEMA.field("split").type)
+        splits[free] = split_codes(held_out.table.column("split"))
     is_same = class_names == old.class_names
     manifest = replace(
         new,
-        table=with_column(table, "split", column),
+        table=with_column(table, "split", split_column(splits)),
         class_names=class_names,
         split_counts=None,
         notes=tuple(dict.fromkeys((*old.notes, *new.notes))),

@@ -14,7 +14,7 @@ from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.base.formatting import pluralize
 from imbvlm.data.groups import deal_groups
 from imbvlm.data.manifest import LabelRows, Manifest, ManifestError
-from imbvlm.data.manifest_schema import SPLITS, Rows, seeded, split_codes, with_column
+from imbvlm.data.manifest_schema import SPLITS, Rows, seeded, split_codes, split_column, with_column
 
 # Validation images of a class with n training images, from MIN_CLASS_SIZE on: min(MAX_VALIDATION, n // MIN_CLASS_SIZE)
 # (docs/protocol.md, Splits, counts, selection).
@@ -88,9 +88,11 @@ def _with_test(manifest: Manifest, is_test: npt.NDArray[np.bool_], note: str) ->
     splits = split_codes(manifest.table.column("split"))
     splits[splits == SPLITS.index("test")] = SPLITS.index("train")
     splits[is_test] = SPLITS.index("test")
-    column = pa.array([SPLITS[code] for code in splits], manifest.table.schema.field("split").type)
     return replace(
-        manifest, table=with_column(manifest.table, "split", column), split_counts=None, notes=(*manifest.notes, note)
+        manifest,
+        table=with_column(manifest.table, "split", split_column(splits)),
+        split_counts=None,
+        notes=(*manifest.notes, note),
     )
 
 

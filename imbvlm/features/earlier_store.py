@@ -67,10 +67,8 @@ class EarlierStore:
 
     def _present(self, output: OutputName) -> dict[int, FileState]:
         """The shards of an output that exist, whole or not."""
-        files, num_shards = (
-            storage.file_states(storage.join(self.folder, output)),
-            -(-self.num_rows // self.rows_per_shard),
-        )
+        files = storage.file_states(storage.join(self.folder, output))
+        num_shards = -(-self.num_rows // self.rows_per_shard)
         return {shard: files[name] for shard in range(num_shards) if (name := _shard_name(shard)) in files}
 
     def places(self, output: OutputName, *, verify: bool = True, full: bool = False) -> Places:

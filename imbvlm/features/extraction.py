@@ -37,9 +37,8 @@ from imbvlm.features.extraction_plan import (
 )
 from imbvlm.features.feature_cache import FeatureCache
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import BlockSummary, ImageBlock, LoadedBlock, bad_image_error, load_block
-from imbvlm.features.known_files import record_files
+from imbvlm.features.known_files import merge_records, record_files
 from imbvlm.features.store_layout import PACE_FILE, TOWER_FILE
 from imbvlm.features.store_sizes import check_cache_size, check_parts_fit, outputs_to_store
 from imbvlm.features.stored_split import Places, StoredSplit
@@ -76,8 +75,8 @@ def ensure_features(
 
     Splits in `five_crop` are also stored as five crops where `eval.tte` asks for them. `check_encoder` may reject the
     encoder before anything is computed. With `features.store: false` only class embeddings are stored; they come with
-    `text` or image_embedding. Known images stay, those of damaged shards are computed again. Trials
-    read through the cache what lies in an object store or is shared by several machines.
+    `text` or image_embedding. Known images stay, those of damaged shards are computed again. Trials read through the
+    cache what lies in an object store or is shared by several machines.
 
     `sweep` is the folder of the sweep that reads them, for a list of stores and their uses.
 
@@ -88,6 +87,7 @@ def ensure_features(
     encoder = create_encoder(config.encoder, config.eval)
     stored = tuple(outputs_to_store(config, encoder.info, outputs))
     check_encoder(encoder.info)
+    merge_records(root)
     parts = [
         plan_part(config, manifest, root, stored, encoder, part)
         for part in store_parts(config, encoder.preprocess, splits, five_crop)
@@ -95,10 +95,10 @@ def ensure_features(
     check_parts_fit([config], root, parts)
     if not storage.is_local(root):
         check_cache_size(cache, root, stored, parts)
-    folders = list(dict.fromkeys(part.store.folder for part in parts))
-    for folder in folders:
-        _write_encoder_tensors(folder, encoder)
-        FeatureStore.open(folder).record_use(absolute_manifest(config.data.manifest), sweep)
+    location = absolute_manifest(config.data.manifest)
+    for store in {part.store.folder: part.store for part in parts}.values():
+        _write_encoder_tensors(store.folder, encoder)
+        store.record_use(location, sweep)
     embeddings = None
     if text or (encoder.info.has_text and "image_embedding" in outputs):
         # The text encoder runs before the long pass, so that it fails early where it can't be loaded.
@@ -115,12 +115,11 @@ def ensure_features(
         of_kind[part.part.split] = StoredSplit.write(
             root, part.store.layout, len(part.rows), part.part.num_views, places
         )
-    location = absolute_manifest(config.data.manifest)
     cache = cache or FeatureCacheConfig()
     is_cached = FeatureCache(cache).is_needed_for(root, has_many_machines=has_many_machines())
     return FeatureSet(
         manifest=location,
-        folder=folders[0],
+        folder=parts[0].store.folder,
         splits=paths,
         outputs=stored,
         info=encoder.info,

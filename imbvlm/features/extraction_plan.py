@@ -22,7 +22,7 @@ from imbvlm.features.earlier_store import EarlierStore
 from imbvlm.features.entry_index import Digests, entry_keys
 from imbvlm.features.feature_store import FeatureStore
 from imbvlm.features.image_blocks import ImageBlock
-from imbvlm.features.known_files import RowContents, merge_records, row_contents
+from imbvlm.features.known_files import RowContents, row_contents
 from imbvlm.features.store_layout import STORE_FILE, StoreError, StoreKey, StoreLayout
 from imbvlm.features.stored_split import Places
 from imbvlm.models.encoders.encoder import Encoder
@@ -53,7 +53,7 @@ class StorePart(NamedTuple):
 class PendingPart:
     """A part of an extraction; `missing` (N, views) has a bit for each of `outputs` that a crop lacks.
 
-    `contents` are those of the rows, `found` the places of what is stored, also by version 0.1 in `earlier`.
+    `contents` are those of the rows. `earlier` has where version 0.1 has stored them, by output.
     """
 
     part: StorePart
@@ -62,7 +62,7 @@ class PendingPart:
     outputs: tuple[OutputName, ...]
     contents: RowContents
     missing: npt.NDArray[np.uint8]
-    earlier: EarlierStore | None
+    earlier: Mapping[OutputName, Places]
 
     @property
     def num_images(self) -> int:
@@ -91,20 +91,20 @@ class PendingPart:
             rows = np.flatnonzero(lacking == bits)
             outputs = tuple(output for bit, output in enumerate(self.outputs) if bits >> bit & 1)
             for start in range(0, len(rows), size):
-                some = rows[start : start + size]
+                in_block = rows[start : start + size]
                 blocks.append(
                     ImageBlock(
                         folder=self.store.folder,
                         part=number,
                         outputs=outputs,
                         split=self.part.split,
-                        rows=some,
-                        views=self.missing[some] > 0,
-                        contents=self.contents.digests[some],
-                        is_known=self.contents.is_known[some],
+                        rows=in_block,
+                        views=self.missing[in_block] > 0,
+                        contents=self.contents.digests[in_block],
+                        is_known=self.contents.is_known[in_block],
                         preprocess=self.part.preprocess,
                         is_strict=is_strict,
-                        images=LazyRows(self.rows.table, some),
+                        images=LazyRows(self.rows.table, in_block),
                     )
                 )
         return blocks
@@ -114,8 +114,8 @@ class PendingPart:
         keys, result = entry_keys(contents, self.part.num_views), {}
         for output in self.outputs:
             places = self.store.places(output, keys, written.get(output, frozenset()))
-            if self.earlier is not None:
-                places = self.earlier.places(output).or_else(places)
+            if output in self.earlier:
+                places = self.earlier[output].or_else(places)
             if (places.shard < 0).any():
                 raise StoreError(
                     f"{self.store.output_folder(output)} lost images of the {self.part.split} split while they were "
@@ -224,17 +224,17 @@ def plan_part(
     is_new = not storage.exists(storage.join(folder, STORE_FILE))
     if not is_dry_run:
         store = FeatureStore.create(folder, layout)
-        merge_records(root)
     else:
         store = FeatureStore(folder, layout) if is_new else FeatureStore.open(folder)
     contents = row_contents(root, rows.table)
-    keys, earlier = entry_keys(contents.digests, part.num_views), _earlier_store(root, key, rows, part)
-    missing = np.zeros(keys.shape, dtype=np.uint8)
+    keys, earlier_store = entry_keys(contents.digests, part.num_views), _earlier_store(root, key, rows, part)
+    missing, earlier = np.zeros(keys.shape, dtype=np.uint8), dict[OutputName, Places]()
     for bit, output in enumerate(outputs):
         index = store.index(output, verify=not is_dry_run, record=not is_dry_run)
         lacks = (index.find(keys) < 0) | ~contents.is_known[:, None]
-        if earlier is not None:
-            lacks &= earlier.places(output, verify=not is_dry_run).shard.reshape(keys.shape) < 0
+        if earlier_store is not None:
+            earlier[output] = earlier_store.places(output, verify=not is_dry_run)
+            lacks &= earlier[output].shard.reshape(keys.shape) < 0
         missing |= lacks.astype(np.uint8) << bit
     return PendingPart(part, store, rows, tuple(outputs), contents, missing, earlier)
 

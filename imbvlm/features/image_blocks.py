@@ -99,7 +99,7 @@ def load_block(block: ImageBlock) -> LoadedBlock:
     contents, reasons = block.contents.copy(), list[str | None]([None] * len(block.rows))
     computed, taken = np.zeros_like(block.views), set[bytes]()
 
-    def claim(row: int) -> Sequence[int]:
+    def take(row: int) -> Sequence[int]:
         """The views of a row that are to be computed, once its content is known."""
         views = []
         for view, key in enumerate(entry_keys(contents[row : row + 1], num_views)[0]):
@@ -110,33 +110,33 @@ def load_block(block: ImageBlock) -> LoadedBlock:
         return views
 
     # Files of unknown content are read, to see whether the store has it.
-    claimed = {row: claim(row) for row in np.flatnonzero(block.is_known).tolist()}
-    to_read = [row for row in range(len(block.rows)) if not block.is_known[row] or claimed[row]]
+    taken_views = {row: take(row) for row in np.flatnonzero(block.is_known).tolist()}
+    to_read = [row for row in range(len(block.rows)) if not block.is_known[row] or taken_views[row]]
     images = np.zeros((*block.views.shape, 3, preprocess.image_size, preprocess.image_size), dtype=np.uint8)
     uris, data = block.images.read(to_read)
 
     def crop(number: int, content: bytes) -> None:
         row = to_read[number]
-        if row not in claimed:
+        if row not in taken_views:
             contents[row] = np.frombuffer(digest_of(content), dtype=np.uint8)
-            claimed[row] = claim(row)
-        number_of = int.from_bytes(contents[row].tobytes())
+            taken_views[row] = take(row)
+        image_number = int.from_bytes(contents[row].tobytes())
         decoded = {}
-        for view in claimed[row]:
+        for view in taken_views[row]:
             min_crop = 1.0 if view == 0 or preprocess.expand is not None else MIN_CROP
             side = preprocess.min_side(min_crop)
             if side not in decoded:
                 decoded[side] = preprocess.decode(content, min_crop)
-            preprocess.apply(decoded[side], view, number_of, out=images[row, view])
+            preprocess.apply(decoded[side], view, image_number, out=images[row, view])
 
     for number, reason in enumerate(read_images(uris, data, crop)):
         row = to_read[number]
         reasons[row] = reason
         if reason is not None and block.is_strict:
             raise bad_image_error(block.split, uris[number] or f"row {block.rows[row]}", reason)
-        if row not in claimed:
+        if row not in taken_views:
             contents[row] = np.frombuffer(unreadable_digest(uris[number], str(reason)), dtype=np.uint8)
-            claim(row)
+            take(row)
     entry_rows, entry_views = np.nonzero(computed)
     pixels = images.reshape(-1, *images.shape[2:]) if computed.all() else images[computed]
     return LoadedBlock(

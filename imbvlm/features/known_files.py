@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def row_contents(root: str, rows: pa.Table) -> RowContents:
     if len(files):
         uris = rows.column("uri").take(pa.array(files))
         versions[files] = _versions(uris.to_pylist())
-        table = _merged(_read(root)[1])
+        table = _records(root)
         places = pc.fill_null(pc.index_in(uris, value_set=table.column("uri")), -1).to_numpy()
         files, places = files[places >= 0], places[places >= 0]
         recorded = np.stack([table.column(name).to_numpy()[places] for name in ("size", "version")], axis=1)
@@ -60,10 +61,8 @@ def row_contents(root: str, rows: pa.Table) -> RowContents:
 
 def recorded_contents(root: str, rows: pa.Table) -> Digests:
     """The contents (K, 16) that the rows of a manifest had when they were last read, wherever their files are now."""
-    embedded = rows.column("bytes").is_valid()
-    files = pc.is_in(
-        (table := _merged(_read(root)[1])).column("uri"), value_set=rows.column("uri").filter(pc.invert(embedded))
-    )
+    embedded, table = rows.column("bytes").is_valid(), _records(root)
+    files = pc.is_in(table.column("uri"), value_set=rows.column("uri").filter(pc.invert(embedded)))
     parts = (rows.column("content").filter(embedded), table.column("content").filter(files))
     return np.concatenate([binary_rows(part, DIGEST_BYTES) for part in parts])
 
@@ -87,11 +86,11 @@ def record_files(root: str, uris: pa.ChunkedArray, versions: npt.NDArray[np.int6
 
 def merge_records(root: str) -> None:
     """Make one file of many, with the newest record of each URI; those of a read-only store stay."""
-    names, tables = _read(root)
+    folder = storage.join(root, _FOLDER)
+    names = _names(folder)
     if len(names) > 1:
-        folder = storage.join(root, _FOLDER)
         with suppress(storage.StorageError):
-            write_table(folder, _merged(tables))
+            write_table(folder, _merged(_read(folder, names)))
             for name in names:
                 storage.delete(storage.join(folder, name))
 
@@ -101,15 +100,24 @@ def unreadable_digest(uri: str | None, reason: str) -> bytes:
     return hashlib.blake2b(f"{uri}\0{reason}".encode("utf-8", "surrogateescape"), digest_size=DIGEST_BYTES).digest()
 
 
-def _read(root: str) -> tuple[list[str], list[pa.Table]]:
-    """The records' files, the newest first; one that another process is merging may be gone."""
+def _records(root: str) -> pa.Table:
+    """The newest record of each URI."""
     folder = storage.join(root, _FOLDER)
-    names = [name for name in reversed(storage.list_files(folder)) if name.endswith(INDEX_SUFFIX)]
+    return _merged(_read(folder, _names(folder)))
+
+
+def _names(folder: str) -> list[str]:
+    """The records' files, the newest first."""
+    return [name for name in reversed(storage.list_files(folder)) if name.endswith(INDEX_SUFFIX)]
+
+
+def _read(folder: str, names: Sequence[str]) -> list[pa.Table]:
+    """The intact tables of these files; a file that another process is merging may be gone."""
     tables = []
     for name in names:
         with suppress(storage.StorageError):
             tables.append(read_table(storage.join(folder, name), _SCHEMA))
-    return names, [table for table in tables if table is not None]
+    return [table for table in tables if table is not None]
 
 
 def _merged(tables: list[pa.Table]) -> pa.Table:
