@@ -17,7 +17,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.base.json_file import damage_named, read_json
 from imbvlm.inference.model_parts import EXPORT_AGAIN
-from imbvlm.inference.possible_classes import possible_labels
+from imbvlm.inference.possible_classes import possible_labels, utf8_lines
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.decisions.acceptance import Acceptance, learn_acceptance
 from imbvlm.longtail.decisions.prediction_sets import PredictionSets, learn_sets
@@ -205,12 +205,8 @@ def read_prevalence(value: str) -> Prevalence:
     """
     if value in (TRAINING, EVEN):
         return value
-    try:
-        lines = csv.reader(storage.read_bytes(value).decode("utf-8-sig").splitlines())
-    except UnicodeDecodeError as error:
-        raise ImbvlmError(f"{value} must be UTF-8, and byte {error.start} isn't. Save it as UTF-8.") from None
     shares, mistakes = dict[str, float](), list[str]()
-    for number, row in enumerate(lines, 1):
+    for number, row in enumerate(csv.reader(utf8_lines(value)), 1):
         if not row or (number == 1 and len(row) == 2 and row[1].strip() == "share"):
             continue
         name, share = (row[0], _number(row[1])) if len(row) == 2 else (row[0], None)

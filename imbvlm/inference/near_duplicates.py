@@ -24,6 +24,7 @@ from imbvlm.data.manifest_schema import SPLITS, Rows, content_groups, seeded, sp
 from imbvlm.data.sources.group_reader import with_groups
 from imbvlm.features.extraction import Report, ensure_features
 from imbvlm.features.extraction_plan import resolve_compute_dtype
+from imbvlm.models.classifier import l2_normalize
 from imbvlm.models.encoders.encoder_factory import create_encoder
 
 # Images that are compared with a changed copy of their own and with each other.
@@ -150,8 +151,8 @@ def find_near_duplicates(
     report("near-duplicates: comparing images with mildly changed copies of their own")
     copies, splits = content_groups(manifest.table), split_codes(manifest.table.column("split"))
     sample = np.sort(seeded(seed).permutation(len(rows))[:SAMPLE_SIZE])
-    of_sample = normalized(values[torch.from_numpy(sample)])
-    changed = normalized(_encode_changed(config, manifest, rows[sample], seed))
+    of_sample = l2_normalize(values[torch.from_numpy(sample)].float())
+    changed = l2_normalize(_encode_changed(config, manifest, rows[sample], seed))
     others = of_sample @ of_sample.T
     ids = torch.from_numpy(copies[rows[sample]])
     others[ids[:, None] == ids] = -1
@@ -175,20 +176,15 @@ def find_near_duplicates(
     return NearDuplicates(encoder, threshold, chains, tuple(sorted(pairs, key=lambda pair: -pair[2])))
 
 
-def normalized(values: Tensor) -> Tensor:
-    """Rows (N, D) of length 1 in float32."""
-    return torch.nn.functional.normalize(values.float(), dim=1)
-
-
 def similar_pairs(values: Tensor, threshold: float, device: str = "cpu") -> Iterator[tuple[Rows, Rows, Rows]]:
     """For each block of the similarities of rows (N, D), the pairs that reach the threshold and their similarities.
 
     Each pair occurs once; only a block of the similarities is in memory.
     """
     for start in range(0, len(values), _BLOCK_SIZE):
-        rows = normalized(values[start : start + _BLOCK_SIZE].to(device))
+        rows = l2_normalize(values[start : start + _BLOCK_SIZE].to(device).float())
         for other in range(start, len(values), _BLOCK_SIZE):
-            similarity = rows @ normalized(values[other : other + _BLOCK_SIZE].to(device)).T
+            similarity = rows @ l2_normalize(values[other : other + _BLOCK_SIZE].to(device).float()).T
             hits = similarity >= threshold
             first, second = (hits.triu(1) if other == start else hits).nonzero(as_tuple=True)
             values_of_pairs = similarity[first, second].cpu().numpy()

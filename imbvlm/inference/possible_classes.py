@@ -19,14 +19,18 @@ def read_possible(path: str) -> tuple[str, ...]:
         raise ImbvlmError(
             "--only must name the file of the possible classes, got an empty name. Name it, or leave --only out."
         )
-    try:
-        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ImbvlmError(f"{path} must be UTF-8, and byte {error.start} isn't. Save it as UTF-8.") from None
-    names = tuple(line.strip() for line in lines if line.strip())
+    names = tuple(line.strip() for line in utf8_lines(path) if line.strip())
     if not names:
         raise ImbvlmError(f"{path} must list the possible classes, one a line, and is empty. List one or more.")
     return names
+
+
+def utf8_lines(path: str) -> list[str]:
+    """A text file's lines; raises ImbvlmError where it isn't UTF-8, StorageError."""
+    try:
+        return storage.read_bytes(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ImbvlmError(f"{path} must be UTF-8, and byte {error.start} isn't. Save it as UTF-8.") from None
 
 
 def possible_labels(names: Collection[str], class_names: Sequence[str], noun: str = "possible classes") -> list[int]:

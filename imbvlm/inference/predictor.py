@@ -209,7 +209,7 @@ class Model:
     def deciding(
         self, accept: float | None = None, sets: float | None = None, prevalence: Prevalence | None = None
     ) -> Model:
-        """The same model, whose predictions also have a decision, a set of classes, or both.
+        """This model with decisions: its predictions also have a decision, a set of classes, or both.
 
         Of the predictions of a class that it accepts, at least a share `accept` is right, as validation images show at
         95 %; the others are for review. Sets have a share `sets` of images' classes among them. `prevalence` says how

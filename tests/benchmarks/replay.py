@@ -1,8 +1,9 @@
 """Replays searches over recorded tables: the sweep's own searcher and ASHA, its trials looked up in place of trained.
 
-A sampled configuration stands for the nearest recorded one of its branch: the same values of all keys that conditions
-depend on, then the least distance, in which a range is 1 long (a logarithmic one in its logarithm) and another choice
-is 1 away. Times are those of the recording: CPU seconds of each epoch, and TRIAL_SECONDS for each trial.
+A sampled configuration stands for the nearest recorded configuration of its branch: the same values of all keys that
+conditions depend on, then the least distance. A range has length 1, on its logarithm where the space has a logarithmic
+range, and two choices are 1 apart. Times are those of the recording: CPU seconds of each epoch, and TRIAL_SECONDS for
+each trial.
 """
 
 import heapq

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from towers import write_tower
 
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
@@ -35,3 +37,12 @@ def write_model_folder(folder: Path, kind: str = "vit", method: str = "linear_pr
     step = LogitPostprocessor(PostHocAdjustment(0.7, alpha, 2.0), (90, 9, 1), embeddings)
     write_model(str(folder / "model"), config, weights, encoder, CLASS_NAMES, {}, step)
     return folder / "model"
+
+
+def write_noise(folder: Path) -> Path:
+    """Write eight photos of noise, and one that is cut off, into a folder; returns the folder."""
+    for seed in range(8):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    (folder / "cut.jpg").write_bytes(b"\xff\xd8")
+    return folder

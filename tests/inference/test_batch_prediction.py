@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from blend_members import blend, member
+from command_line import exit_code
 from exported_model import write_model_folder
 from PIL import Image
 from s3_server import BUCKET, S3Server, program
@@ -229,10 +230,8 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     assert out.read_text() == "before"
 
 
-def predict(*words: str | Path) -> int:
-    with pytest.raises(SystemExit) as stop:
-        app.main(["predict", *map(str, words)])
-    return stop.value.code
+def predict(*words: str | Path) -> object:
+    return exit_code("predict", *words)
 
 
 def test_the_command_says_how_many_could_not_be_read(

@@ -22,7 +22,6 @@ from imbvlm.inference.near_duplicates import (
     Threshold,
     join,
     mildly_changed,
-    normalized,
     similar_pairs,
 )
 
@@ -30,7 +29,7 @@ from imbvlm.inference.near_duplicates import (
 def test_blocks_find_the_pairs_of_the_whole_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "_BLOCK_SIZE", 7)
     values = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).half()
-    whole = normalized(values).double()
+    whole = torch.nn.functional.normalize(values.float(), dim=1).double()
     expected = {
         (first, second) for first in range(40) for second in range(first + 1, 40) if whole[first] @ whole[second] >= 0.8
     }

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from exported_model import CLASS_NAMES, write_model_folder
-from PIL import Image
+from command_line import exit_code
+from exported_model import CLASS_NAMES, write_model_folder, write_noise
 
 import imbvlm
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.cli import app
 from imbvlm.inference.taxonomy_file import RANK_SCORES_FILE, TAXONOMY_FILE, ModelTaxonomy
 from imbvlm.longtail.roll_up import RankScores, best_taxa, learn_roll_up
 from imbvlm.longtail.taxonomy import Taxonomy
@@ -38,18 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for seed in range(8):
-        pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{seed}.png")
-    (folder / "cut.jpg").write_bytes(b"\xff\xd8")
-    return folder
+    return write_noise(tmp_path_factory.mktemp("photos"))
 
 
 def run(*arguments: str) -> object:
-    with pytest.raises(SystemExit) as caught:
-        app.main(["predict", "--no-ray", *arguments])
-    return caught.value.code
+    return exit_code("predict", "--no-ray", *arguments)
 
 
 def test_each_image_is_named_at_the_lowest_rank_that_is_sure_enough(folder: Path, photos: Path) -> None:

@@ -72,10 +72,8 @@ def learn_acceptance(rows: ScoredRows, precision: float) -> Acceptance:
     """
     if not 0 < precision < 1:
         raise ImbvlmError(f"the share to accept must be between 0 and 1, got {precision:g}. Give one such as 0.95.")
-    order, num_predicted = (
-        np.argsort(rows.predicted, kind="stable"),
-        np.bincount(rows.predicted, minlength=rows.stats.num_classes),
-    )
+    order = np.argsort(rows.predicted, kind="stable")
+    num_predicted = np.bincount(rows.predicted, minlength=rows.stats.num_classes)
     of_class = np.split(order, np.cumsum(num_predicted)[:-1])
     has_own = num_predicted >= rows_needed(precision)
     promises = [_promise(rows, [label], None, of_class, precision) for label in np.flatnonzero(has_own).tolist()]

@@ -43,10 +43,8 @@ def find_suspects(logits: Tensor, labels: Tensor) -> SuspectLabels:
     Models that take most rows of a class for others don't know it. Its rows aren't listed, since they would be most of
     a tail; nor does a class without rows, which has no threshold, stand against any.
     """
-    num_classes, parts = (
-        logits.shape[1],
-        list(zip(torch.split(logits, CHUNK_SIZE), torch.split(labels, CHUNK_SIZE), strict=True)),
-    )
+    num_classes = logits.shape[1]
+    parts = list(zip(torch.split(logits, CHUNK_SIZE), torch.split(labels, CHUNK_SIZE), strict=True))
     given = torch.cat([_NONE, *(part.double().softmax(dim=1).gather(1, own[:, None])[:, 0] for part, own in parts)])
     is_read = ~given.isnan()
     counts = torch.bincount(labels[is_read], minlength=num_classes)

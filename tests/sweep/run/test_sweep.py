@@ -186,11 +186,11 @@ def test_export_predict_and_train_again(smoke: tuple[Path, str], home: Path) -> 
 def test_labels_that_look_wrong_are_those_of_their_images(smoke: tuple[Path, str]) -> None:
     sweep, printed = smoke
     manifest = Manifest.read("embedded:fashion_mnist_lt")
-    said = re.search(r"labels that look wrong: (\d+) of (\d+) images", printed)
-    assert said is not None
+    counts = re.search(r"labels that look wrong: (\d+) of (\d+) images", printed)
+    assert counts is not None
     listed = list(csv.DictReader((sweep / "suspect_labels.csv").open(encoding="utf-8")))
-    assert len(listed) == int(said[1])
-    assert 0 < len(listed) < 0.1 * int(said[2])
+    assert len(listed) == int(counts[1])
+    assert 0 < len(listed) < 0.1 * int(counts[2])
     for own in listed:
         row = int(own["row"])
         entry = manifest.table.slice(row, 1).to_pylist()[0]
