@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -116,23 +117,25 @@ def position(module: str) -> int:
     return FOLDERS.index(folder(module))
 
 
-GRAPH = {
-    name: {other for imported in imports(path) if (other := own(imported))} - {name, ""}
-    for name, path in MODULES.items()
-    if name
-}
+@cache
+def imports_of(module: str) -> set[str]:
+    """The package's files that a file imports."""
+    return {other for imported in imports(MODULES[module]) if (other := own(imported))} - {module, ""}
+
+
+OWN_MODULES = [name for name in MODULES if name]
 # What stands below the package itself, or in sweep/ for users' files, imports what it likes.
-ORDERED = [name for name in GRAPH if folder(name) not in ("", "sweep")]
+ORDERED = [name for name in OWN_MODULES if folder(name) not in ("", "sweep")]
 
 
 def test_every_import_is_of_a_file_that_is_there() -> None:
-    missing = {(name, other) for name, others in GRAPH.items() for other in others if other not in MODULES}
+    missing = {(name, other) for name in OWN_MODULES for other in imports_of(name) if other not in MODULES}
     assert not missing
 
 
 @pytest.mark.parametrize("module", ORDERED)
 def test_a_file_imports_only_from_its_folder_and_those_before_it(module: str) -> None:
-    upwards = {other for other in GRAPH[module] if position(other) > position(module)}
+    upwards = {other for other in imports_of(module) if position(other) > position(module)}
     assert not upwards, f"{module} imports {', '.join(sorted(upwards))}, which stands after it"
 
 
@@ -142,7 +145,7 @@ def test_outside_of_the_folders_stand_the_package_and_the_shims_alone() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    graphlib.TopologicalSorter(GRAPH).prepare()
+    graphlib.TopologicalSorter({name: imports_of(name) for name in OWN_MODULES}).prepare()
 
 
 def test_no_two_modules_have_the_same_name() -> None:
@@ -156,7 +159,7 @@ def test_folders_stay_small_enough_to_read() -> None:
     assert len({name.split(".")[0] for name in FOLDERS}) <= MAX_FOLDERS
 
 
-@pytest.mark.parametrize("module", GRAPH)
+@pytest.mark.parametrize("module", OWN_MODULES)
 def test_libraries_stay_in_their_places(module: str) -> None:
     for imported in imports(MODULES[module]):
         library = longest(imported, PLACES)
@@ -199,7 +202,7 @@ def calls_of(function: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) -
                 waiting.append(functions[name])
 
 
-@pytest.mark.parametrize("module", GRAPH)
+@pytest.mark.parametrize("module", OWN_MODULES)
 def test_constructors_and_validators_neither_read_nor_write_nor_wait(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
@@ -272,7 +275,7 @@ def test_a_resume_asks_for_the_code_that_extracts_and_trains_and_for_no_other() 
         module = waiting.pop()
         if module not in having:
             having.add(module)
-            waiting += GRAPH[module]
+            waiting += imports_of(module)
     parts = {folder(name) for name in having} - {"assets"}
     paths = {name: path.relative_to(ROOT / "imbvlm").as_posix() for name, path in MODULES.items()}
     assert {folder(name) for name in MODULES if has_part(paths[name])} == parts

@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -72,9 +73,9 @@ def imported(node: ast.AST) -> Iterator[str]:
         yield str(node.module)
 
 
-PACKAGE, TESTS = Uses("imbvlm"), Uses("tests")
-# Users' sweep files need what the package needs.
-SWEEPS = Uses("sweeps")
+@cache
+def uses(folder: str) -> Uses:
+    return Uses(folder)
 
 
 def undeclared(imports: dict[str, str], declared: set[str]) -> dict[str, str]:
@@ -99,35 +100,31 @@ def provided(name: str) -> set[str]:
     return modules | programs | typed | {entry.name for entry in distribution.entry_points if entry.group == "pytest11"}
 
 
-@pytest.mark.parametrize(
-    ("imports", "declared"),
-    [
-        pytest.param({**PACKAGE.always, **SWEEPS.imports}, RUNTIME, id="always"),
-        # What only some use is imported where they use it.
-        pytest.param(PACKAGE.within_functions, RUNTIME | OPTIONAL, id="within functions"),
-        pytest.param(TESTS.imports, RUNTIME | EXTRAS["test"], id="tests"),
-    ],
-)
-def test_every_import_is_declared(imports: dict[str, str], declared: set[str]) -> None:
-    assert undeclared(imports, declared) == {}
+def test_every_import_is_declared() -> None:
+    # Users' sweep files need what the package needs.
+    assert undeclared({**uses("imbvlm").always, **uses("sweeps").imports}, RUNTIME) == {}
+    # What only some use is imported where they use it.
+    assert undeclared(uses("imbvlm").within_functions, RUNTIME | OPTIONAL) == {}
+    assert undeclared(uses("tests").imports, RUNTIME | EXTRAS["test"]) == {}
 
 
 @pytest.mark.parametrize("name", sorted(RUNTIME))
 def test_every_dependency_is_imported_by_the_package(name: str) -> None:
-    assert provided(name) & PACKAGE.imports.keys()
+    assert provided(name) & uses("imbvlm").imports.keys()
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONAL))
 def test_every_package_of_an_extra_is_imported_or_looked_for(name: str) -> None:
     """Libraries import some of them for us: the code then looks whether they are there."""
-    assert provided(name) & (PACKAGE.imports.keys() | PACKAGE.strings)
+    assert provided(name) & (uses("imbvlm").imports.keys() | uses("imbvlm").strings)
 
 
 @pytest.mark.parametrize("name", sorted(EXTRAS["test"] - OPTIONAL))
 def test_every_package_of_the_tests_is_used_by_them(name: str) -> None:
     """Imported, run, an option of pytest, or the types of a module that the checked package imports."""
     options = PYPROJECT["tool"]["pytest"]["ini_options"].keys()
-    assert provided(name) & (TESTS.imports.keys() | TESTS.strings | options | PACKAGE.imports.keys())
+    used = uses("tests").imports.keys() | uses("tests").strings | options | uses("imbvlm").imports.keys()
+    assert provided(name) & used
 
 
 def test_what_is_not_there_is_noticed() -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -76,14 +76,16 @@ def strings_of(path: Path) -> list[str]:
     return texts
 
 
-STRINGS = [text for path in sorted((ROOT / "imbvlm").rglob("*.py")) for text in strings_of(path)]
+@cache
+def package_strings() -> list[str]:
+    return [text for path in sorted((ROOT / "imbvlm").rglob("*.py")) for text in strings_of(path)]
 
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_a_message_of_troubleshooting_is_one_of_the_program(message: str) -> None:
     """Each of its fragments in one text, in their order."""
     fragments = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
-    assert any(re.search(".*".join(fragments), text, re.DOTALL) for text in STRINGS)
+    assert any(re.search(".*".join(fragments), text, re.DOTALL) for text in package_strings())
 
 
 def words_of_the_report() -> list[str]:

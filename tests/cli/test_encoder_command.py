@@ -39,6 +39,7 @@ def imbvlm(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_following_an_offline_message_to_its_end_gives_the_encoder(tmp_path: Path) -> None:
     write_tower(tmp_path / "tower", "vit")
     with hub_server() as hub:

@@ -87,6 +87,7 @@ def test_a_changed_plug_in_is_refused_with_the_difference(tmp_path: Path, code: 
     assert imbvlm.load(folder, "cpu", plugins=[code])
 
 
+@pytest.mark.slow
 def test_the_command_that_is_printed_works(tmp_path: Path, code: Path) -> None:
     folder = write(tmp_path, code, method="hidden_probe")
     Image.fromarray(PICTURE).save(tmp_path / "a photo.png")

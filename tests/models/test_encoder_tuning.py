@@ -396,6 +396,7 @@ def run_worker(rank: int, world_size: int, folder: Path, cases: list[Any]) -> No
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_give_one_workers_numbers(tmp_path: Path) -> None:
     """51 images in batches of 25 leave one for the last batch: one of the workers has nothing to do in it.
 

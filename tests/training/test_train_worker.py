@@ -206,6 +206,7 @@ def under_ray_train(settings: TrialSettings, folder: Path, num_workers: int, cpu
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_train_gives_the_numbers_of_the_same_process(tmp_path: Path, ray_cluster: str) -> None:
     settings = settings_for(tmp_path, "decoder", loss__name="balanced_softmax", train__num_epochs=2)
     reports = under_ray_train(settings, tmp_path / "ray", 1)
@@ -241,7 +242,8 @@ def test_a_failure_that_would_come_again_is_a_report_and_no_exception(tmp_path: 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_that_hold_every_cpu_stream_the_images_of_one_process(
     tmp_path: Path, ray_cluster: str, num_workers: int
 ) -> None:

@@ -396,6 +396,7 @@ def measure_first(
     return replace(benchmark, trials=(speed, *benchmark.trials[1:]))
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_classes_and_a_calibration_leaves_nothing_behind(tmp_path: Path) -> None:
     """Logits and weights of 8,142 classes are what an out-of-memory error would be about."""
     sizes = []

@@ -199,6 +199,7 @@ def test_labels_that_look_wrong_are_those_of_their_images(smoke: tuple[Path, str
         assert float(own["probability_of_looks_like"]) > 10 * float(own["probability_of_class"])
 
 
+@pytest.mark.slow
 def test_a_second_sweep_computes_no_features_and_without_a_trial_leaves_with_the_causes_grouped(
     smoke: tuple[Path, str], home: Path
 ) -> None:
