@@ -340,21 +340,33 @@ def comparisons_with_names(source: str) -> list[int]:
     def has_key(node: ast.AST) -> bool:
         return any(isinstance(part, ast.Constant) and part.value in REGISTERED for part in parts(node))
 
+    def maps_keys(node: ast.AST) -> bool:
+        return any(isinstance(part, ast.Dict) and any(map(has_key, filter(None, part.keys))) for part in parts(node))
+
     lines = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             if any(has_tag(one) and has_key(other) for one in sides for other in sides if one is not other):
                 lines.add(node.lineno)
+        elif isinstance(node, ast.Subscript):
+            if has_tag(node.slice) and maps_keys(node.value):
+                lines.add(node.lineno)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            is_lookup = node.func.attr in ("get", "pop", "setdefault") and maps_keys(node.func.value)
+            is_part = node.func.attr in ("startswith", "endswith", "__eq__") and has_tag(node.func.value)
+            if (is_lookup and any(map(has_tag, node.args))) or (is_part and any(map(has_key, node.args))):
+                lines.add(node.lineno)
         elif isinstance(node, ast.Match):
             for case in node.cases:
-                mappings = [part for part in ast.walk(case.pattern) if isinstance(part, ast.MatchMapping)]
-                tagged = [
-                    pattern
-                    for mapping in mappings
-                    for key, pattern in zip(mapping.keys, mapping.patterns, strict=True)
-                    if isinstance(key, ast.Constant) and key.value in TAGS
-                ]
+                tagged: list[ast.AST] = []
+                for part in ast.walk(case.pattern):
+                    if isinstance(part, ast.MatchMapping):
+                        pairs = zip(part.keys, part.patterns, strict=True)
+                        tagged += [own for key, own in pairs if isinstance(key, ast.Constant) and key.value in TAGS]
+                    elif isinstance(part, ast.MatchClass):
+                        named = zip(part.kwd_attrs, part.kwd_patterns, strict=True)
+                        tagged += [own for key, own in named if key in TAGS]
                 if any(map(has_key, [*tagged, *([case.pattern] if has_tag(node.subject) else [])])):
                     lines.add(case.pattern.lineno)
     return sorted(lines)
@@ -371,6 +383,11 @@ def comparisons_with_names(source: str) -> list[int]:
         'for method in ("adapter", "lora"):\n    record.config["method"] == method',
         'match config.loss.name:\n    case "focal" | "ldam":\n        pass',
         'match loss:\n    case {"name": "focal", "gamma": 0}:\n        pass',
+        'match config:\n    case TrialConfig(method="lora" | "adapter"):\n        pass',
+        '"focal" == config.loss.name',
+        '{"focal": 2.0, "ldam": 0.5}.get(config.loss.name, 1.0)',
+        'SIZES = {"lora": 4}\nSIZES[config.method]',
+        'config.method.startswith("lora")',
     ],
 )
 def test_a_comparison_with_a_registrys_key_is_noticed(source: str) -> None:
