@@ -23,10 +23,9 @@ class Fold:
 
 @dataclass(frozen=True)
 class Folds:
-    """The folds that have validation rows, and the ids of the classes that they validate."""
+    """The folds that have validation rows."""
 
     folds: tuple[Fold, ...]
-    validated: Rows
 
     @property
     def val_rows(self) -> Rows:
@@ -76,7 +75,7 @@ def deal_folds(rows: LabelRows, num_folds: int, seed: int, *, at_random: bool = 
         parts = np.full(len(train), -1)
         parts[can_validate] = deal_units(labels[can_validate], copies[can_validate], num_folds, seed)
     folds = [Fold(train[parts != part], train[(parts == part) & can_validate]) for part in range(num_folds)]
-    return Folds(tuple(fold for fold in folds if len(fold.val)), np.unique(labels[(parts >= 0) & can_validate]))
+    return Folds(tuple(fold for fold in folds if len(fold.val)))
 
 
 def _shuffle_in_class(parts: Rows, labels: Rows, seed: int) -> Rows:

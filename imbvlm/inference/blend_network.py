@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from imbvlm.config.encoder_info import OutputName
 from imbvlm.features.store_layout import Precision
-from imbvlm.inference.predictor import Network, as_stored, crop_means
+from imbvlm.inference.predictor import as_stored, crop_means
 from imbvlm.models.classifier import l2_normalize
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_outputs import EncoderOutput
@@ -101,7 +101,7 @@ class TunedPass(nn.Module):
         return crop_means(self.bias + self.scale * logits, images)
 
 
-class BlendNetwork(Network):
+class BlendNetwork(nn.Module):
     """The sum of passes; both of its outputs are the blend's logits, whose members are adjusted.
 
     `inputs` are the numbers of the inputs that the passes take.
@@ -109,12 +109,9 @@ class BlendNetwork(Network):
 
     def __init__(self, passes: Sequence[nn.Module], inputs: Sequence[int]) -> None:
         super().__init__()
-        self.runs, self.inputs = nn.ModuleList(passes), tuple(inputs)
-
-    @property
-    def passes(self) -> Sequence[tuple[nn.Module, int]]:
-        return list(zip(self.runs, self.inputs, strict=True))
+        self.passes, self.inputs = nn.ModuleList(passes), tuple(inputs)
 
     def forward(self, *images: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.stack([run(images[number]) for run, number in self.passes]).sum(dim=0)
+        runs = zip(self.passes, self.inputs, strict=True)
+        logits = torch.stack([run(images[number]) for run, number in runs]).sum(dim=0)
         return logits, logits

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.inference.model_record import input_names
-from imbvlm.inference.predictor import Model, Network
+from imbvlm.inference.predictor import Model
 
 ONNX_FILE = "onnx/model.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -28,7 +28,7 @@ _MAX_GRAPH_BYTES = 1_500_000_000
 class _Graph(nn.Module):
     """Maps crops in bytes of each input to adjusted logits and probabilities, (B, C)."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 

@@ -108,18 +108,6 @@ class LogitPostprocessor:
         return LogitPostprocessor(adjustment, counts, embeddings)
 
 
-class Network(nn.Module):
-    """Maps crops in bytes to two logits (B, C) in float32: without and with the adjustments.
-
-    It takes a tensor for each of its inputs: crops (B, 3, S, S), or (B, V, 3, S, S) whose logits are averaged.
-    """
-
-    @property
-    def passes(self) -> Sequence[tuple[nn.Module, int]]:
-        """The runs of an encoder with all that reads its output, each with the number of the input that it takes."""
-        raise NotImplementedError
-
-
 def as_stored(features: Tensor, precision: Precision) -> Tensor:
     """An encoder output in the precision of the stored features that a classifier was trained on."""
     return features.half().float() if precision == "float16" else features
@@ -130,7 +118,7 @@ def crop_means(logits: Tensor, images: Tensor) -> Tensor:
     return logits if images.ndim == 4 else logits.view(*images.shape[:2], -1).mean(dim=1)
 
 
-class InferenceModule(Network):
+class InferenceModule(nn.Module):
     """Encoder, classifier and logit adjustment in one module, with one input."""
 
     def __init__(
@@ -144,11 +132,11 @@ class InferenceModule(Network):
         if post_hoc is not None and post_hoc.class_embeddings is not None and post_hoc.adjustment.alpha:
             self.zero_shot = ZeroShotClassifier(post_hoc.class_embeddings, encoder.info.text_space.logit_scale)
 
-    @property
-    def passes(self) -> Sequence[tuple[nn.Module, int]]:
-        return [(self, 0)]
-
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) in float32, without and with the adjustments, of crops in bytes.
+
+        Crops are (B, 3, S, S), or (B, V, 3, S, S) whose logits are averaged.
+        """
         logits, adjusted = self._logits(images.flatten(0, -4))
         return crop_means(logits, images), crop_means(adjusted, images)
 
@@ -172,10 +160,13 @@ class InferenceModule(Network):
 
 
 class Model:
-    """An exported classifier with its encoders, class names, and the preprocessing of each of its inputs."""
+    """An exported classifier with its encoders, class names, and the preprocessing of each of its inputs.
+
+    `network` maps a tensor of crops for each input to two logits (B, C), as `InferenceModule.forward`.
+    """
 
     def __init__(
-        self, network: Network, inputs: Sequence[Preprocess], class_names: tuple[str, ...], device: torch.device
+        self, network: nn.Module, inputs: Sequence[Preprocess], class_names: tuple[str, ...], device: torch.device
     ) -> None:
         self.network, self.inputs = network.eval(), tuple(inputs)
         self.class_names, self._device = class_names, device

@@ -221,25 +221,13 @@ class BlendPool:
         return torch.stack(parts)
 
 
-def select_blend(
-    candidates: Sequence[Candidate],
-    targets: Tensor,
-    parts: Tensor,
-    *,
-    max_members: int = MAX_MEMBERS,
-    max_passes: int = 1,
-) -> Blend:
-    """The single head or blend to predict with, of candidates on validation rows with targets (N,).
+def select_blend(pool: BlendPool, parts: Tensor, *, max_members: int = MAX_MEMBERS, max_passes: int = 1) -> Blend:
+    """The single head or blend to predict with.
 
     `parts` (N,) are the rows' folds, or ten parts. Single and blend are chosen anew on all parts but one and compared
     on that one: heads of one pass are blended where the pooled gain is above 0, a further pass is taken where it is
     above its standard error. Raises ImbvlmError.
     """
-    return decide_blend(BlendPool.fit(candidates, targets), parts, max_members=max_members, max_passes=max_passes)
-
-
-def decide_blend(pool: BlendPool, parts: Tensor, *, max_members: int = MAX_MEMBERS, max_passes: int = 1) -> Blend:
-    """As `select_blend`, of a pool that was fitted."""
     if max_members < 1 or max_passes < 1:
         raise ImbvlmError(f"a blend needs 1 member and 1 pass or more, got {max_members} and {max_passes}.")
     row_weights = balanced_row_weights(pool.targets)

@@ -59,19 +59,7 @@ class PairedDifference:
     difference: float
     low: float
     high: float
-    num_classes: int
-    num_rows: int
     num_groups: int | None = None
-
-    @property
-    def is_win(self) -> bool:
-        """Whether the whole interval is above 0."""
-        return self.low > 0
-
-    @property
-    def verdict(self) -> str:
-        """`a win`, `a loss`, or `no win is shown` where the interval includes 0."""
-        return "a win" if self.is_win else "a loss" if self.high < 0 else "no win is shown"
 
 
 def bias_corrected_claims(
@@ -248,11 +236,10 @@ def paired_difference(
         raise ImbvlmError("a comparison needs rows, got none.")
     gains = _mean_over_seeds(ours) - _mean_over_seeds(theirs)
     totals = np.bincount(labels)
-    num_classes = int((totals > 0).sum())
-    row_weights = 1 / totals[labels] / num_classes
+    row_weights = 1 / totals[labels] / (totals > 0).sum()
     difference = float(row_weights @ gains)
     if len(labels) == 1:
-        return PairedDifference(difference, -1.0, 1.0, num_classes, 1, None if groups is None else 1)
+        return PairedDifference(difference, -1.0, 1.0, None if groups is None else 1)
     rng = np.random.default_rng(seed)
     resampled = np.full(num_resamples, difference)
     strata = _strata(labels, totals)
@@ -268,7 +255,7 @@ def paired_difference(
             counts = rng.multinomial(times, num_rows / number, size=num_resamples)
             resampled += weight * (counts @ deviations)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    paired = PairedDifference(difference, float(low), float(high), num_classes, len(labels))
+    paired = PairedDifference(difference, float(low), float(high))
     return paired if groups is None else _over_groups(paired, GroupedRows(labels, groups, gains), num_resamples, seed)
 
 

@@ -24,7 +24,7 @@ from imbvlm.data.manifest import LabelRows, Manifest
 from imbvlm.data.manifest_schema import SPLITS
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.extraction import ensure_features
-from imbvlm.longtail.blending import Blend, BlendPool, Candidate, decide_blend
+from imbvlm.longtail.blending import Blend, BlendPool, Candidate, select_blend
 from imbvlm.longtail.claims import Claim, RowOutcomes, bias_corrected_claims, corrected_claims, macro_claim
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import log_prior
@@ -337,7 +337,7 @@ def blend_gain(folds: Mapping[str, Scores], truth: Mapping[str, Scores]) -> floa
     """Points by which the deliverable that folds decide on is above the single head that they choose."""
     rows = next(iter(folds.values()))
     pool = BlendPool.fit(candidates(folds), rows.targets)
-    blend = decide_blend(pool, rows.parts, max_passes=len(folds))
+    blend = select_blend(pool, rows.parts, max_passes=len(folds))
     single = pool.candidates[pool.select(balanced_row_weights(rows.targets), 0)[0]].name
     logits = {candidate.name: candidate.logits for candidate in candidates(truth)}
     targets = next(iter(truth.values())).targets
@@ -391,7 +391,7 @@ def claimed(plan: Plan, pool: Pool, seed: int) -> tuple[ClaimedDraw, ClaimedDraw
     sample = draw(plan, pool, seed)
     folds, truth = on_folds(CHEAP, pool, sample), on_truth(CHEAP, pool, sample)
     heads = BlendPool.fit(candidates({"": folds}), folds.targets)
-    blend = decide_blend(heads, folds.parts)
+    blend = select_blend(heads, folds.parts)
 
     def choose(row_weights: Tensor) -> Tensor:
         return heads.correct(heads.select(row_weights, blend.num_passes))

@@ -15,6 +15,7 @@ from imbvlm.data.images.decoding import decode
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.blend_folder import write_blend
 from imbvlm.inference.blend_merging import TrainedMember
+from imbvlm.inference.blend_network import BlendNetwork
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.inference.predictor import LogitPostprocessor, Model
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
@@ -70,6 +71,11 @@ def blend(folder: Path, members: Sequence[TrainedMember]) -> Model:
     """The blend, written and loaded."""
     write_blend(str(folder), members, CLASS_NAMES, {})
     return load(folder, "cpu")
+
+
+def network_of(model: Model) -> BlendNetwork:
+    assert isinstance(model.network, BlendNetwork)
+    return model.network
 
 
 def single(folder: Path, part: TrainedMember) -> Model:

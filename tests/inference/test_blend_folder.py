@@ -23,6 +23,7 @@ from blend_members import (
     assert_close,
     blend,
     member,
+    network_of,
     pictures,
     single,
     weighted_mean,
@@ -71,7 +72,7 @@ def test_a_blend_of_one_member_is_the_member(
     for times in (1, 2):
         model = blend(tmp_path / f"blend-{times}", [part] * times)
         assert_close(adjusted_logits(model, images), alone / part.temperature)
-        assert len(model.network.passes) == (times if METHODS[method].trains_encoder else 1)
+        assert len(network_of(model).passes) == (times if METHODS[method].trains_encoder else 1)
 
 
 def test_all_methods_together_in_any_order_are_their_weighted_mean(
@@ -83,9 +84,10 @@ def test_all_methods_together_in_any_order_are_their_weighted_mean(
     assert_close(adjusted_logits(model, images), expected)
     assert_close(adjusted_logits(blend(tmp_path / "turned", parts[::-1]), images), expected)
     tuned = [name for name, entry in METHODS.items() if entry.trains_encoder]
-    kinds = [type(module) for module, _ in model.network.passes]
+    kinds = [type(module) for module in network_of(model).passes]
     assert kinds == [FrozenPass, *[TunedPass] * len(tuned)]
-    frozen = model.network.passes[0][0]
+    frozen = network_of(model).passes[0]
+    assert isinstance(frozen, FrozenPass)
     assert len(frozen.heads) == 2, "a decoder and a cache of prototypes are no matrices"
     # Zero-shot logits that are mixed into any head are one matrix with those of methods that read embeddings.
     assert {(form.reads, form.is_normalized) for form in frozen.forms} == {
@@ -112,7 +114,8 @@ def test_classifiers_of_one_form_are_one_matrix_also_behind_second_stages(
     ]
     model = blend(tmp_path / "blend", parts)
     assert_close(adjusted_logits(model, images), weighted_mean(tmp_path, parts, images))
-    ((network, _),) = model.network.passes
+    (network,) = network_of(model).passes
+    assert isinstance(network, FrozenPass)
     # A trial on images has seen features that were not rounded.
     assert [form.precision for form in network.forms] == ["float16", "float32"]
     assert [type(each).__name__ for each in network.classifiers] == ["FeatureClassifier"], "DisAlign is no matrix"
@@ -176,7 +179,7 @@ def test_two_sizes_of_an_encoder_are_two_inputs(
     folder, parts, problem = two_sizes
     model, images = imbvlm.load(folder, "cpu"), pictures(problem)
     assert [(each.image_size, each.num_crops) for each in model.inputs] == [(64, 1), (96, 5)]
-    assert [number for _, number in model.network.passes] == [0, 1]
+    assert network_of(model).inputs == (0, 1)
     expected = weighted_mean(tmp_path, parts, images)
     assert_close(adjusted_logits(model, images), expected)
     predicted = model.predict(images, top=5)
@@ -212,7 +215,7 @@ def test_equal_encoders_are_written_once_and_passes_with_equal_crops_share_an_in
     model = blend(tmp_path, [members["linear_probe"], other, members["decoder"], members["adapter"]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "pass-1", "pass-2"]
     assert len(model.inputs) == 1
-    assert [number for _, number in model.network.passes] == [0, 0]
+    assert network_of(model).inputs == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ damage and hostility

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from blend_members import adjusted, blend, member, single
+from blend_members import adjusted, blend, member, network_of, single
 from exported_model import write_model_folder
 from tiny_images import TinyImages
 
@@ -58,7 +58,7 @@ def test_a_blend_is_one_graph(tmp_path: Path, size: int | None) -> None:
         else member(problem, "class_means", 1, encoder__image_size=size, eval__tte="five_crop", eval__expand=8),
     ]
     model = blend(tmp_path / "blend", parts)
-    assert len(model.network.passes) == 2
+    assert len(network_of(model).passes) == 2
     assert onnx_export.write_onnx(model, str(tmp_path / "blend")) < 0.02
     session = onnxruntime.InferenceSession(str(tmp_path / "blend" / "onnx" / "model.onnx"))
     crops = [model.random_crops(number, 3) for number in range(len(model.inputs))]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.longtail import blending
-from imbvlm.longtail.blending import Blend, BlendPool, Candidate, decide_blend, held_out_scores, select_blend
+from imbvlm.longtail.blending import Blend, BlendPool, Candidate, held_out_scores, select_blend
 from imbvlm.longtail.post_hoc_adjustment import balanced_log_likelihood, balanced_row_weights
 
 COUNTS = (80, 40, 16, 8, 4)
@@ -94,7 +94,9 @@ def test_a_blend_of_anything_has_members_whose_weights_sum_to_one(
     """Classes without rows, one row in total, all rows of one class, parts without rows."""
     targets = targets_of(counts)
     candidates = heads(targets, num, passes="ab", seed=seed, num_classes=len(counts))
-    blend = select_blend(candidates, targets, parts_of(targets), max_members=max_members, max_passes=max_passes)
+    blend = select_blend(
+        BlendPool.fit(candidates, targets), parts_of(targets), max_members=max_members, max_passes=max_passes
+    )
     assert sum(member.weight for member in blend.members) == pytest.approx(1)
     assert all(member.weight > 0 for member in blend.members)
     assert len(blend.members) <= max_members
@@ -114,7 +116,7 @@ def test_a_blend_of_anything_has_members_whose_weights_sum_to_one(
 def test_a_blend_of_one_candidate_is_that_candidate() -> None:
     targets = targets_of()
     candidates = heads(targets, 1)
-    blend = select_blend(candidates, targets, parts_of(targets))
+    blend = select_blend(BlendPool.fit(candidates, targets), parts_of(targets))
     assert [(member.name, member.weight) for member in blend.members] == [("head 0", 1.0)]
     assert blend.num_passes == 0
     scaled = candidates[0].logits / blend.members[0].temperature
@@ -123,10 +125,10 @@ def test_a_blend_of_one_candidate_is_that_candidate() -> None:
 
 def test_heads_that_err_apart_are_blended_and_the_same_head_twice_is_not() -> None:
     targets = targets_of()
-    assert len(select_blend(heads(targets), targets, parts_of(targets)).members) > 1
+    assert len(select_blend(BlendPool.fit(heads(targets), targets), parts_of(targets)).members) > 1
     head = heads(targets, 1)[0]
     twins = [head, Candidate("twin", head.pass_name, 3 * head.logits)]
-    assert select_blend(twins, targets, parts_of(targets)).num_passes == 0
+    assert select_blend(BlendPool.fit(twins, targets), parts_of(targets)).num_passes == 0
 
 
 def test_the_gain_is_that_of_what_other_parts_chose() -> None:
@@ -145,7 +147,7 @@ def test_the_gain_is_that_of_what_other_parts_chose() -> None:
         logits = pool.candidates[best].logits[held].double() / pool.temperatures[best]
         expected = torch.log_softmax(logits, dim=1)[torch.arange(int(held.sum())), targets[held]]
         torch.testing.assert_close(scores[held], expected, rtol=1e-4, atol=1e-5)
-    blend = decide_blend(pool, parts)
+    blend = select_blend(pool, parts)
     gains = held_out_scores(pool, parts, 1) - scores
     assert blend.decisions[0].gain == pytest.approx(float(balanced_row_weights(targets) @ gains))
 
@@ -153,14 +155,14 @@ def test_the_gain_is_that_of_what_other_parts_chose() -> None:
 def test_a_further_pass_must_gain_more_than_its_standard_error() -> None:
     targets = targets_of((300, 150, 60, 40, 30))
     apart = heads(targets, 2, passes="ab", noise=1.5)
-    blend = select_blend(apart, targets, parts_of(targets), max_passes=2)
+    blend = select_blend(BlendPool.fit(apart, targets), parts_of(targets), max_passes=2)
     assert blend.num_passes == 2
     assert {member.pass_name for member in blend.members} == {"a", "b"}
-    assert select_blend(apart, targets, parts_of(targets), max_passes=1).num_passes < 2
+    assert select_blend(BlendPool.fit(apart, targets), parts_of(targets), max_passes=1).num_passes < 2
     # The other pass knows the classes no better than chance.
     generator = torch.Generator().manual_seed(1)
     noise = Candidate("noise", "b", torch.randn(apart[0].logits.shape, generator=generator))
-    assert select_blend([apart[0], noise], targets, parts_of(targets), max_passes=2).num_passes == 0
+    assert select_blend(BlendPool.fit([apart[0], noise], targets), parts_of(targets), max_passes=2).num_passes == 0
 
 
 def test_the_tail_survives_because_classes_count_alike() -> None:
@@ -188,11 +190,11 @@ def test_candidates_with_numbers_that_are_none_are_left_out() -> None:
     candidates = heads(targets, 3)
     candidates[1].logits[7, 2] = torch.nan
     candidates[2].logits[3, 0] = torch.inf
-    blend = select_blend(candidates, targets, parts_of(targets))
+    blend = select_blend(BlendPool.fit(candidates, targets), parts_of(targets))
     assert blend.left_out == ("head 1", "head 2")
     assert [member.name for member in blend.members] == ["head 0"]
     with pytest.raises(ImbvlmError, match="finite logits, got none"):
-        select_blend(candidates[1:], targets, parts_of(targets))
+        select_blend(BlendPool.fit(candidates[1:], targets), parts_of(targets))
 
 
 def test_rows_in_blocks_and_forgotten_selections_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +202,7 @@ def test_rows_in_blocks_and_forgotten_selections_change_nothing(monkeypatch: pyt
     half = [Candidate(head.name, head.pass_name, head.logits.half()) for head in heads(targets, passes="ab", noise=2.5)]
 
     def blend() -> Blend:
-        return select_blend(half, targets, parts_of(targets), max_passes=2)
+        return select_blend(BlendPool.fit(half, targets), parts_of(targets), max_passes=2)
 
     whole = blend()
     monkeypatch.setattr(blending, "MAX_ELEMENTS", 7 * len(half) * 5)
@@ -232,7 +234,7 @@ def test_rows_that_are_predicted_correctly_are_those_of_the_combined_logits() ->
     targets = targets_of()
     candidates = heads(targets, noise=3)
     pool = BlendPool.fit(candidates, targets)
-    blend = decide_blend(pool, parts_of(targets))
+    blend = select_blend(pool, parts_of(targets))
     picks = pool.select(balanced_row_weights(targets), blend.num_passes)
     combined = blend.combine({candidate.name: candidate.logits for candidate in candidates})
     assert torch.equal(pool.correct(picks), combined.argmax(dim=1) == targets)
@@ -246,4 +248,4 @@ def test_candidates_of_other_images_and_equal_names_are_refused() -> None:
     with pytest.raises(ImbvlmError, match="names of candidates must differ"):
         BlendPool.fit([first, first], targets)
     with pytest.raises(ImbvlmError, match="1 member and 1 pass or more, got 0 and 1"):
-        select_blend([first], targets, parts_of(targets), max_members=0)
+        select_blend(BlendPool.fit([first], targets), parts_of(targets), max_members=0)

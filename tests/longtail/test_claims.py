@@ -266,7 +266,7 @@ def test_equal_predictors_seldom_win(counts: np.ndarray, max_wins: float) -> Non
     rng = np.random.default_rng(0)
     labels = labels_of(counts)
     results = [paired_difference(*pairs(rng, counts, 0), labels, num_resamples=400) for _ in range(300)]
-    assert np.mean([result.is_win for result in results]) <= max_wins
+    assert np.mean([result.low > 0 for result in results]) <= max_wins
     assert np.mean([result.low <= 0 <= result.high for result in results]) >= 1 - 2 * max_wins
 
 
@@ -281,26 +281,23 @@ def test_the_interval_is_that_of_a_formula_in_float64() -> None:
     error = np.sqrt(sum(gains[labels == label].var(ddof=1) / counts[label] for label in range(3))) / 3
     assert result.difference == pytest.approx(expected)
     assert result.high - result.low == pytest.approx(2 * Z95 * error, rel=0.08)
-    assert result.is_win
-    assert result.verdict == "a win"
-    assert (result.num_classes, result.num_rows) == (3, 700)
+    assert result.low > 0
     swapped = paired_difference(theirs, ours, labels)
     assert swapped.difference == pytest.approx(-expected)
-    assert swapped.verdict == "a loss"
+    assert swapped.high < 0
 
 
 def test_the_same_predictor_shows_no_win() -> None:
     correct = np.array([True, False, True, True])
     result = paired_difference(correct, correct, np.array([0, 0, 1, 4]))
     assert (result.difference, result.low, result.high) == (0, 0, 0)
-    assert result.verdict == "no win is shown"
-    assert result.num_classes == 3
+    assert result.low <= 0 <= result.high
 
 
 def test_one_image_shows_nothing() -> None:
     """One row has no spread; an interval without width must not call it a win."""
     result = paired_difference([True], [False], np.array([2]))
-    assert result.verdict == "no win is shown"
+    assert result.low <= 0 <= result.high
     with pytest.raises(ImbvlmError, match="needs rows"):
         paired_difference([], [], np.empty(0, dtype=np.int64))
 
@@ -359,7 +356,7 @@ def test_fewer_than_ten_groups_have_no_interval(num_groups: int) -> None:
     for claim in (*claims.values(), *corrected_.values()):
         assert (claim.standard_error, claim.half_width, claim.num_groups) == (None, np.inf, num_groups)
     difference = paired_difference(right.numpy(), ~right.numpy(), labels, groups=groups)
-    assert difference.verdict == "no win is shown"
+    assert difference.low <= 0 <= difference.high
     assert (difference.low, difference.high, difference.num_groups) == (-np.inf, np.inf, num_groups)
 
 

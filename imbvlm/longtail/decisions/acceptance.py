@@ -23,16 +23,13 @@ class Promise:
     """The threshold above which predictions of some classes are accepted; infinite where nothing is promised.
 
     The classes are one, or those of a shot `group` that have too few rows each: then the promise is for them together.
-    Of `num_rows` rows `num_accepted` are above it, of which `num_right` are right. `num_missing` more rows, all right,
-    would give a promise.
+    It is learned on `num_rows` rows. `num_missing` more, all right, would give a promise.
     """
 
     labels: tuple[int, ...]
     group: str | None
     threshold: float
     num_rows: int
-    num_accepted: int
-    num_right: int
     num_missing: int
 
     @property
@@ -88,13 +85,11 @@ def _promise(
 ) -> Promise:
     own = np.concatenate([of_class[label] for label in labels])
     values, is_right = rows.confidence[own], rows.is_right[own]
-    threshold = lowest_threshold(values, is_right, precision)
-    is_accepted, num_missing = values > threshold, 0
+    threshold, num_missing = lowest_threshold(values, is_right, precision), 0
     if threshold == math.inf:
         strictest = np.argsort(-values, kind="stable")[: strictest_count(len(values), precision)]
         num_missing = rows_missing(int(is_right[strictest].sum()), len(strictest), precision)
-    num_right = int(is_right[is_accepted].sum())
-    return Promise(tuple(labels), group, threshold, len(own), int(is_accepted.sum()), num_right, num_missing)
+    return Promise(tuple(labels), group, threshold, len(own), num_missing)
 
 
 def rows_missing(num_right: int, num_rows: int, precision: float) -> int:

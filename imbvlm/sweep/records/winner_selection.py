@@ -25,7 +25,7 @@ from imbvlm.longtail.blending import (
     BlendPool,
     Candidate,
     blended_logits,
-    decide_blend,
+    select_blend,
 )
 from imbvlm.longtail.claims import Claim, RowOutcomes, bias_corrected_claims, corrected_claims
 from imbvlm.longtail.class_stats import ClassStats
@@ -158,7 +158,7 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0
     if objection:
         selection = replace(selection, objection=objection)
     elif spec.blends is not None:
-        blend, temperature = _decide_blend(pool, blend_pool, parts, spec.blends)
+        blend, temperature = _select_blend(pool, blend_pool, parts, spec.blends)
         num_passes, members = blend.num_passes, blend.members if len(blend.members) > 1 else ()
         selection = replace(selection, members=members, decisions=blend.decisions, temperature=temperature)
     return selection if num_test else replace(selection, claims=_claims(pool, blend_pool, spec, num_passes))
@@ -301,10 +301,10 @@ def _objection(pool: _Pool, parts: Tensor, num_test: int) -> str:
     return ""
 
 
-def _decide_blend(pool: _Pool, blend_pool: BlendPool, parts: Tensor, limits: BlendConfig) -> tuple[Blend, float]:
+def _select_blend(pool: _Pool, blend_pool: BlendPool, parts: Tensor, limits: BlendConfig) -> tuple[Blend, float]:
     """The blend among the strongest candidates, and the temperature that its logits need."""
     candidates = blend_pool.strongest(max(MIN_CANDIDATES, MAX_ELEMENTS // pool.candidates[0].logits.numel()))
-    blend = decide_blend(candidates, parts, max_members=limits.max_members, max_passes=limits.max_passes)
+    blend = select_blend(candidates, parts, max_members=limits.max_members, max_passes=limits.max_passes)
     logits = blend.combine({candidate.name: candidate.logits for candidate in candidates.candidates})
     return blend, fit_temperature(logits, pool.targets).accepted
 
