@@ -25,6 +25,16 @@ def unescape_cell(cell: str) -> str:
     return re.sub(ESCAPED, r"\1", cell)
 
 
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as CSV, text cells escaped."""
+    return "".join(csv_line(escape_cell(cell) if isinstance(cell, str) else cell for cell in row) for row in rows)
+
+
+def read_rows(text: str) -> list[list[str]]:
+    """The rows of `csv_text`, its texts unescaped."""
+    return [[unescape_cell(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
+
+
 def csv_line(cells: Iterable[object]) -> str:
     """One row with its line break; the caller escapes text cells."""
     line = io.StringIO()

@@ -322,6 +322,11 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
         raise storage_error("write", uri, error) from None
 
 
+def write_json(uri: str, content: Any) -> None:
+    """Write plain data as a JSON file, as `write_bytes` does."""
+    write_bytes(uri, json.dumps(content, indent=1).encode())
+
+
 def _write_local(path: Path, data: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -132,7 +132,7 @@ def _write_plan(spec: SweepSpec, measure: str, folder: str) -> None:
 
     plan = _plan(spec, measure)
     print(describe_plan(plan, Console().width), flush=True)
-    storage.write_bytes(storage.join(folder, PLAN_FILE), json.dumps(plan_to_dict(plan), indent=1).encode())
+    storage.write_json(storage.join(folder, PLAN_FILE), plan_to_dict(plan))
 
 
 def _interrupted_text(folder: str | None) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imbvlm.base import storage
-from imbvlm.base.csv_cells import csv_line, escape_cell
+from imbvlm.base.csv_cells import csv_text
 from imbvlm.base.errors import printable
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.duplicate_files import duplicate_digests
@@ -85,7 +85,7 @@ class CheckReport:
             for finding in self.findings
             for which in finding.examples or ("",)
         ]
-        return "".join(csv_line(map(escape_cell, row)) for row in [("severity", "finding", "which"), *rows])
+        return csv_text([("severity", "finding", "which"), *rows])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: verdict, whether there is no error, and the findings."""

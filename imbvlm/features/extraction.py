@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -182,9 +181,8 @@ def _fill(config: TrialConfig, parts: Sequence[PendingPart], root: str, encoder:
             _check_limits(config, part, bad[summary.part])
     # Files that turn out to be copies are faster.
     if progress.seconds_per_image is not None and progress.num_computed == progress.done:
-        pace = json.dumps({"seconds_per_image": progress.seconds_per_image})
         for folder in written:
-            storage.write_bytes(storage.join(folder, PACE_FILE), pace.encode())
+            storage.write_json(storage.join(folder, PACE_FILE), {"seconds_per_image": progress.seconds_per_image})
     return _Filled(contents, written, progress.notice, progress.num_computed)
 
 

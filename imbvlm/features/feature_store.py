@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Collection, Sequence
@@ -70,7 +69,7 @@ class FeatureStore:
         path = storage.join(folder, STORE_FILE)
         if not storage.exists(path):
             # Several processes write the same: the folder's name is a digest of what matters.
-            storage.write_bytes(path, json.dumps(asdict(layout), indent=1, sort_keys=True).encode())
+            storage.write_json(path, dict(sorted(asdict(layout).items())))
         store = FeatureStore.open(folder)
         if store.layout.digest != layout.digest:
             raise StoreError(f"{folder} holds a store of another encoder. Delete it or choose another folder.")
@@ -82,7 +81,7 @@ class FeatureStore:
         """Open a store; raises StoreError."""
         path = storage.join(folder, STORE_FILE)
         try:
-            data = json.loads(storage.read_bytes(path))
+            data = storage.read_json(path)
             shapes = {output: tuple(shape) for output, shape in data.pop("shapes").items()}
             return FeatureStore(folder, StoreLayout(**data, shapes=shapes))
         except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -208,7 +207,7 @@ class FeatureStore:
         name = hashlib.blake2b(f"{manifest}\0{sweep}".encode(), digest_size=8).hexdigest()
         use = StoreUse(manifest, sweep, time.time())
         with contextlib.suppress(storage.StorageError):
-            storage.write_bytes(storage.join(self.folder, _USES, f"{name}.json"), json.dumps(use._asdict()).encode())
+            storage.write_json(storage.join(self.folder, _USES, f"{name}.json"), use._asdict())
 
     def uses(self) -> list[StoreUse]:
         """The latest use by each manifest and sweep, the oldest first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,7 +52,7 @@ def save_checkpoint(folder: str, state: TrialState) -> None:
     name = f"state-{digest[:16]}.safetensors"
     storage.write_bytes(storage.join(folder, name), data)
     index = {"format": FORMAT, "tensors_file": name, "tensors_sha256": digest, "scalars": dict(state.scalars)}
-    storage.write_bytes(storage.join(folder, INDEX_FILE), json.dumps(index, indent=1).encode())
+    storage.write_json(storage.join(folder, INDEX_FILE), index)
     for other in storage.list_files(folder):
         if other.startswith("state-") and other != name:
             storage.delete(storage.join(folder, other))
@@ -70,7 +69,7 @@ def load_checkpoint(folder: str, device: str | torch.device = "cpu") -> TrialSta
     if not has_checkpoint(folder):
         raise CheckpointError(f"no checkpoint in {folder}: {INDEX_FILE} is not there")
     try:
-        index = json.loads(storage.read_bytes(where))
+        index = storage.read_json(where)
         version, name = index["format"], str(index["tensors_file"])
         digest, scalars = str(index["tensors_sha256"]), dict(index["scalars"])
     except (ValueError, KeyError, TypeError) as error:

@@ -42,6 +42,11 @@ def write_per_class_results(folder: str, results: dict[str, Any]) -> None:
     storage.write_bytes(uri, json.dumps(results, ensure_ascii=False, separators=(",", ":")).encode())
 
 
+def read_per_class_results(folder: str) -> dict[str, Any]:
+    """The content of a refit's per_class.json."""
+    return dict(storage.read_json(storage.join(folder, PER_CLASS_FILE)))
+
+
 def split_results(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], result: EvalResult) -> dict[str, Any]:
     """Plain data of a split's results, with the labels (N,) and rows (N,) of its images."""
     if result.adjusted is None:

@@ -337,7 +337,7 @@ def write_model(
     # safetensors takes no tensors that share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     storage.write_bytes(storage.join(folder, weights_file), save(tensors))
-    storage.write_bytes(storage.join(folder, config_file), json.dumps(description, indent=1).encode())
+    storage.write_json(storage.join(folder, config_file), description)
 
 
 def _preprocess(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:

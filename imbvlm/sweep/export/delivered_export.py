@@ -21,7 +21,7 @@ from imbvlm.sweep.export.trial_export import MODEL_FOLDER, Say, TrialExport, che
 from imbvlm.sweep.records.delivered_model import DeliveredMember
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.provenance import check_encoder_weights
-from imbvlm.sweep.records.trial_log import DELIVERED, TrialLog, TrialRecord, describe_trial
+from imbvlm.sweep.records.trial_log import DELIVERED, TrialLog, TrialRecord, describe_trial, refit_folder
 from imbvlm.sweep.records.winner_selection import Selection
 from imbvlm.sweep.spec.baselines import pass_key
 from imbvlm.sweep.spec.manifest_path import locate_manifest
@@ -117,7 +117,7 @@ class DeliveredExport:
         if key not in encoders:
             encoders[key] = create_encoder(config.encoder, config.eval)
             check_encoder_weights(self.folder, config.encoder, encoders[key].info, keep=False)
-        encoder, weights = encoders[key], [self._weights(refit) for refit in refits]
+        encoder, weights = encoders[key], [refit_folder(self.folder, refit.trial_id) for refit in refits]
         for folder in weights:
             check_trained_on(folder, config, names, encoder.info.weights_fingerprint)
         tensors = [load_model_tensors(weights[0])]
@@ -130,9 +130,6 @@ class DeliveredExport:
 
     def _refits(self, member: DeliveredMember) -> list[TrialRecord]:
         return refits_of(self.log, member.refit.name)
-
-    def _weights(self, refit: TrialRecord) -> str:
-        return storage.join(self.folder, "refits", refit.trial_id)
 
     def _scores(self, notes: Sequence[str]) -> dict[str, object]:
         scored = [record.epochs[-1] for record in self.log.of("delivered") if record.name == DELIVERED]

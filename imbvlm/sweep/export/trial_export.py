@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,11 +39,11 @@ from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_ad
 from imbvlm.sweep.records.delivered_model import DeliveredMember, calibrate, validation_rank_scores
 from imbvlm.sweep.records.provenance import check_class_texts, check_encoder_weights, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
-from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values, refit_folder
 from imbvlm.sweep.spec.manifest_path import locate_manifest
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
-from imbvlm.training.per_class_results import PER_CLASS_FILE
+from imbvlm.training.per_class_results import PER_CLASS_FILE, read_per_class_results
 from imbvlm.training.trial_session import TrialSession, TrialSettings, default_device
 
 BEST_FILE, MODEL_FOLDER = "best.yaml", "model"
@@ -178,7 +177,7 @@ class TrialExport:
         name = (
             self.refits[0].trial_id if self.refits else f"export-{self.record.trial_id}-seed{self.spec.refit_seeds[0]}"
         )
-        weights = storage.join(self.folder, "refits", name)
+        weights = refit_folder(self.folder, name)
         # The class record is written last.
         if self.refits or storage.exists(storage.join(weights, PER_CLASS_FILE)):
             yield weights
@@ -236,7 +235,7 @@ class TrialExport:
         adjustment = self._adjustment(config)
         if adjustment is None:
             return None
-        embeddings, content = None, json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))
+        embeddings, content = None, read_per_class_results(weights)
         if adjustment.alpha:
             prompts = config.prompts or PromptsConfig()
             check_class_texts(self.folder, config, keep=False)
@@ -281,7 +280,7 @@ def _write_problem(folder: str) -> str | None:
 
 def check_trained_on(weights: str, config: TrialConfig, class_names: Sequence[str], encoder_fingerprint: str) -> None:
     """Raise ImbvlmError if classes or the encoder's fingerprint differ from those that weights were trained with."""
-    trained = json.loads(storage.read_bytes(storage.join(weights, PER_CLASS_FILE)))
+    trained = read_per_class_results(weights)
     trained_names, fix = trained["class_names"], "Restore it, or start a new sweep."
     if list(class_names) != trained_names:
         differences = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -176,8 +175,8 @@ def select_adjustments(
 
 def write_post_hoc(folder: str, selections: Mapping[str, AdjustmentSelection]) -> None:
     """Write post_hoc.json into a sweep's folder."""
-    text = json.dumps({name: selection.to_dict() for name, selection in selections.items()}, indent=1)
-    storage.write_bytes(storage.join(folder, POST_HOC_FILE), text.encode())
+    content = {name: selection.to_dict() for name, selection in selections.items()}
+    storage.write_json(storage.join(folder, POST_HOC_FILE), content)
 
 
 def read_adjustment(folder: str, name: str) -> PostHocAdjustment | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -152,7 +151,7 @@ class Budget:
             return
         self._saved = time.monotonic()
         spent = self._spent().in_phase(self._phase, self._saved - self._entered)
-        storage.write_bytes(self._uri, json.dumps(asdict(spent)).encode())
+        storage.write_json(self._uri, asdict(spent))
 
 
 def read_spent(folder: str) -> UsedBudget:

@@ -36,12 +36,12 @@ from imbvlm.sweep.records.adjustment_selection import (
 )
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.refit_selection import Refit, confirmed, refits
-from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, TrialLog, TrialRecord, refit_folder
 from imbvlm.sweep.records.winner_selection import Selection
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import load_model_tensors
 from imbvlm.training.evaluator import EvalAccumulator, EvalResult
-from imbvlm.training.per_class_results import PER_CLASS_FILE, split_results, write_per_class_results
+from imbvlm.training.per_class_results import read_per_class_results, split_results, write_per_class_results
 from imbvlm.training.test_predictions import (
     TEST,
     TestPredictions,
@@ -106,13 +106,13 @@ def score_delivered(
         return None
     runs = [refits_of(log, member.refit.name) for member in members]
     for member, records in zip(members, runs, strict=True):
-        if not records or not all(has_test_logits(_refit_folder(folder, record)) for record in records):
+        if not records or not all(has_test_logits(refit_folder(folder, record.trial_id)) for record in records):
             return f"{member.refit.name} has no refit with logits of the test split"
-    scored = [TestPredictions.read(_refit_folder(folder, record)) for records in runs for record in records]
+    scored = [TestPredictions.read(refit_folder(folder, record.trial_id)) for records in runs for record in records]
     rows = scored[0]
     if rows is None or any(other is None or not other.has_rows_of(rows) for other in scored):
         return "its members were scored on different images"
-    descriptions = [_class_file(folder, records[0]) for records in runs]
+    descriptions = [read_per_class_results(refit_folder(folder, records[0].trial_id)) for records in runs]
     stats = ClassStats.from_counts(descriptions[0]["class_counts"], descriptions[0]["split_counts"])
     totals = [torch.zeros(len(rows.labels), stats.num_classes) for _ in names]
     for member, records in zip(members, runs, strict=True):
@@ -199,7 +199,7 @@ def _exported_logits(
     first, total = None, torch.zeros(())
     for member, records in zip(members, exported, strict=True):
         adjustment = member.adjustment or PostHocAdjustment()
-        files = [storage.join(_refit_folder(folder, record), VAL_LOGITS_FILE) for record in records]
+        files = [storage.join(refit_folder(folder, record.trial_id), VAL_LOGITS_FILE) for record in records]
         baseline = zero_shot_baseline(member.refit.record, log) if adjustment.alpha else None
         files += [] if baseline is None else [logits_file(folder, baseline.trial_id)]
         rows = [saved for saved in map(read_logits, files) if saved is not None]
@@ -226,7 +226,7 @@ def exported_refits(
     """The refits of a member whose mean logits it is exported as: all, or the first where weights have no mean."""
     if len(records) < 2:
         return records
-    config, tensors = records[0].trial_config(), load_model_tensors(_refit_folder(folder, records[0]))
+    config, tensors = records[0].trial_config(), load_model_tensors(refit_folder(folder, records[0].trial_id))
     return records if is_affine(config, info_of(config), num_classes, tensors) else records[:1]
 
 
@@ -238,7 +238,7 @@ def _add(
     info_of: Callable[[TrialConfig], EncoderInfo],
 ) -> None:
     """Add a member's logits to those of the model as exported, the first of the totals, and of each seed."""
-    logits = [at_least_float32(read_test_logits(_refit_folder(folder, record))) for record in records]
+    logits = [at_least_float32(read_test_logits(refit_folder(folder, record.trial_id))) for record in records]
     num_exported = len(exported_refits(folder, records, info_of, totals[0].shape[1]))
     by_seed = [logits[number % len(logits)] for number in range(len(totals) - 1)]
     for total, own in zip(totals, (torch.stack(logits[:num_exported]).mean(dim=0), *by_seed), strict=True):
@@ -272,7 +272,7 @@ def _save(
         started_at=now,
         ended_at=now,
     )
-    own_folder = _refit_folder(folder, record)
+    own_folder = refit_folder(folder, record.trial_id)
     replace(rows, predicted={TEST: result.predicted}).write(own_folder)
     if name == DELIVERED:
         write_test_logits(own_folder, (logits - logits.amax(dim=1, keepdim=True)).half())
@@ -289,17 +289,6 @@ def _evaluated(logits: Tensor, labels: Tensor) -> EvalResult:
     for rows in torch.split(torch.nonzero(~logits.isnan().any(dim=1)).flatten(), CHUNK_SIZE):
         evaluated.add(logits[rows], labels[rows], rows.numpy())
     return evaluated.result()
-
-
-def _refit_folder(folder: str, record: TrialRecord) -> str:
-    return storage.join(folder, "refits", record.trial_id)
-
-
-def _class_file(folder: str, record: TrialRecord) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(
-        storage.read_bytes(storage.join(_refit_folder(folder, record), PER_CLASS_FILE))
-    )
-    return content
 
 
 def _summed(descriptions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from imbvlm.base import storage
 from imbvlm.base.formatting import Z95
 from imbvlm.longtail.claims import PairedDifference, paired_difference
 from imbvlm.longtail.group_gap import group_note
-from imbvlm.sweep.records.trial_log import BLEND, WINNER, TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import BLEND, WINNER, TrialLog, TrialRecord, last_values, refit_folder
 from imbvlm.training.test_predictions import POST_HOC, TEST, TestPredictions
 
 # The test split over five crops per image.
@@ -139,7 +138,7 @@ def _paired(
     log: TrialLog, ours: Sequence[TrialRecord], own_split: str, theirs: Sequence[TrialRecord], split: str
 ) -> PairedDifference | None:
     """The difference on the images that all runs could read; None where predictions are missing."""
-    read = [TestPredictions.read(storage.join(log.folder, "refits", record.trial_id)) for record in (*ours, *theirs)]
+    read = [TestPredictions.read(refit_folder(log.folder, record.trial_id)) for record in (*ours, *theirs)]
     predicted = [predictions for predictions in read if predictions is not None]
     if len(predicted) < len(read) or not all(predictions.has_rows_of(predicted[0]) for predictions in predicted):
         return None

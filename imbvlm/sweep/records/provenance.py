@@ -72,7 +72,7 @@ def has_part(name: str) -> bool:
 
 def write_provenance(folder: str, content: dict[str, Any]) -> None:
     """Write provenance.json into a sweep's folder."""
-    storage.write_bytes(storage.join(folder, PROVENANCE_FILE), json.dumps(content, indent=1).encode())
+    storage.write_json(storage.join(folder, PROVENANCE_FILE), content)
 
 
 def begin_provenance(folder: str, content: dict[str, Any]) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable
 
 from imbvlm.base import storage
-from imbvlm.base.csv_cells import csv_line, escape_cell, unescape_cell
+from imbvlm.base.csv_cells import csv_text, read_rows
 from imbvlm.base.formatting import pluralize
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
@@ -42,10 +40,8 @@ def quarantined_rows(manifest: Manifest, features: FeatureSet) -> list[dict[str,
 
 def write_quarantine(folder: str, rows: Iterable[dict[str, str | int]]) -> str:
     """Write quarantine.csv into a sweep's folder and return its location."""
-    cells = ((row[column] for column in COLUMNS) for row in rows)
-    lines = (csv_line(escape_cell(cell) if isinstance(cell, str) else cell for cell in row) for row in cells)
     uri = storage.join(folder, QUARANTINE_FILE)
-    storage.write_bytes(uri, "".join([csv_line(COLUMNS), *lines]).encode())
+    storage.write_bytes(uri, csv_text([COLUMNS, *([row[column] for column in COLUMNS] for row in rows)]).encode())
     return uri
 
 
@@ -54,8 +50,8 @@ def read_quarantine(folder: str) -> tuple[dict[str, str], ...]:
     uri = storage.join(folder, QUARANTINE_FILE)
     if not storage.exists(uri):
         return ()
-    rows = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode(), newline=""))
-    return tuple({key: unescape_cell(row.get(key) or "") for key in COLUMNS} for row in rows)
+    header, *rows = read_rows(storage.read_bytes(uri).decode()) or [[]]
+    return tuple({**dict.fromkeys(COLUMNS, ""), **dict(zip(header, row, strict=False))} for row in rows)
 
 
 def describe_quarantine(rows: list[dict[str, str | int]], uri: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +41,7 @@ class ImageThroughput:
 
     def write(self, folder: str) -> None:
         """Write paces.json into a sweep's folder."""
-        storage.write_bytes(storage.join(folder, PACES_FILE), json.dumps(asdict(self), indent=1).encode())
+        storage.write_json(storage.join(folder, PACES_FILE), asdict(self))
 
 
 @dataclass(frozen=True)

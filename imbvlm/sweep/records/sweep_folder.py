@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from typing import Any
 
 from imbvlm.base import storage
-from imbvlm.base.csv_cells import csv_line, escape_cell, unescape_cell
+from imbvlm.base.csv_cells import csv_text, read_rows
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent, pluralize
 from imbvlm.base.json_file import damage_named, read_json
@@ -241,7 +238,7 @@ class GapReport:
 
 def write_gap(folder: str, report: GapReport) -> None:
     """Write gap.json into a sweep's folder."""
-    storage.write_bytes(storage.join(folder, GAP_FILE), json.dumps(asdict(report), indent=1).encode())
+    storage.write_json(storage.join(folder, GAP_FILE), asdict(report))
 
 
 def read_gap(folder: str) -> GapReport | None:
@@ -274,11 +271,7 @@ _SUSPECT_COLUMNS = ("image", "row", "split", "class", "looks_like", "probability
 
 def write_suspects(folder: str, suspects: Sequence[SuspectLabel]) -> None:
     """Write suspect_labels.csv into a sweep's folder."""
-    lines = [
-        csv_line([escape_cell(str(value)) if isinstance(value, str) else value for value in astuple(own)])
-        for own in suspects
-    ]
-    content = "".join([csv_line(_SUSPECT_COLUMNS), *lines])
+    content = csv_text([_SUSPECT_COLUMNS, *map(astuple, suspects)])
     storage.write_bytes(storage.join(folder, SUSPECTS_FILE), content.encode())
 
 
@@ -288,8 +281,8 @@ def read_suspects(folder: str) -> list[SuspectLabel] | None:
     if not storage.exists(uri):
         return None
     with damage_named(f"{uri} is damaged", f"Remove it; this writes it again: imbvlm sweep resume {folder}"):
-        rows = list(csv.reader(io.StringIO(storage.read_bytes(uri).decode(), newline="")))
+        _, *rows = read_rows(storage.read_bytes(uri).decode())
         return [
             SuspectLabel(image, int(row), split, given, looks_like, float(own), float(other))
-            for image, row, split, given, looks_like, own, other in (map(unescape_cell, row) for row in rows[1:])
+            for image, row, split, given, looks_like, own, other in rows
         ]

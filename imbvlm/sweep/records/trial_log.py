@@ -109,6 +109,11 @@ class TrialRecord(BaseModel):
         return ((self.ended_at or time.time()) - self.started_at) / self.pack_size
 
 
+def refit_folder(folder: str, trial_id: str) -> str:
+    """The folder of a refit's weights and results in a sweep's folder."""
+    return storage.join(folder, "refits", trial_id)
+
+
 def name_rank(name: str) -> int:
     """The place of scores in tables by their name: delivered model, seeds of a blend, winner, then the others."""
     first = (DELIVERED, BLEND, WINNER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -202,7 +201,7 @@ def _scored_members(
 
 def write_selection(folder: str, selection: Selection) -> None:
     """Write selection.json into a sweep's folder."""
-    storage.write_bytes(storage.join(folder, SELECTION_FILE), json.dumps(asdict(selection), indent=1).encode())
+    storage.write_json(storage.join(folder, SELECTION_FILE), asdict(selection))
 
 
 def read_selection(folder: str) -> Selection | None:

@@ -36,7 +36,16 @@ from imbvlm.sweep.records.sweep_folder import (
     read_spec,
     read_suspects,
 )
-from imbvlm.sweep.records.trial_log import BLEND, DELIVERED, WINNER, TrialLog, TrialRecord, last_values, name_rank
+from imbvlm.sweep.records.trial_log import (
+    BLEND,
+    DELIVERED,
+    WINNER,
+    TrialLog,
+    TrialRecord,
+    last_values,
+    name_rank,
+    refit_folder,
+)
 from imbvlm.sweep.records.winner_selection import Selection, read_selection
 from imbvlm.sweep.spec.baselines import HEADS
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
@@ -152,7 +161,7 @@ class ReportData:
         """The delivered model's test images with their groups, as exported; None where images have none."""
         delivered = self.delivered
         records = () if delivered is None else delivered.records
-        folders = [storage.join(self.folder, "refits", record.trial_id) for record in records]
+        folders = [refit_folder(self.folder, record.trial_id) for record in records]
         read = [predictions for predictions in map(TestPredictions.read, folders) if predictions is not None]
         if delivered is None or len(read) < len(records) or not read or read[0].groups is None:
             return None
@@ -292,5 +301,5 @@ def _adjusted_bins(splits: list[dict[str, Any]]) -> npt.NDArray[np.float64] | No
 
 
 def _class_file(folder: str, record: TrialRecord) -> dict[str, Any] | None:
-    uri = storage.join(folder, "refits", record.trial_id, PER_CLASS_FILE)
+    uri = storage.join(refit_folder(folder, record.trial_id), PER_CLASS_FILE)
     return read_json(uri, dict[str, Any], "Remove it to make a report without its classes.")

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imbvlm.base import storage
 from imbvlm.base.formatting import percent, pluralize
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.calibration_file import ModelCalibration
@@ -17,6 +16,7 @@ from imbvlm.longtail.decisions.acceptance import Acceptance, Promise, learn_acce
 from imbvlm.longtail.decisions.prediction_sets import PredictionSets, learn_sets
 from imbvlm.longtail.decisions.scored_rows import ScoredRows
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE
+from imbvlm.sweep.records.trial_log import refit_folder
 from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import ReportData
 from imbvlm.sweep.report.score_tables import MAX_ROWS, group_name
@@ -77,7 +77,7 @@ def review_sheet(source: ReportData, manifest: Manifest | str) -> ReviewSheet | 
 def _scored_on_test(source: ReportData, rows: ScoredRows) -> _Scored | None:
     """The delivered model's scores of the test split; None in sweeps without its logits."""
     record = None if source.delivered is None else source.delivered.records[0]
-    folder = "" if record is None else storage.join(source.folder, "refits", record.trial_id)
+    folder = "" if record is None else refit_folder(source.folder, record.trial_id)
     predictions = TestPredictions.read(folder) if record is not None and record.kind == "delivered" else None
     if predictions is None or not has_test_logits(folder):
         return None

@@ -31,7 +31,7 @@ from imbvlm.sweep.records.summary_tables import (
     rank_rows,
     seeds_rows,
 )
-from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial
+from imbvlm.sweep.records.trial_log import TrialRecord, describe_trial, refit_folder
 from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import PerClassResults, ReportData
 from imbvlm.training.test_predictions import POST_HOC
@@ -109,7 +109,7 @@ def roll_up(source: ReportData, manifest: Manifest | str) -> Table | None:
 def _rank_scores_on_test(source: ReportData, num_ranks: int) -> RankScores | None:
     """The delivered model's scores of the test split; None in sweeps without them."""
     delivered = source.delivered
-    folder = "" if delivered is None else storage.join(source.folder, "refits", delivered.records[0].trial_id)
+    folder = "" if delivered is None else refit_folder(source.folder, delivered.records[0].trial_id)
     has_scores = storage.exists(storage.join(folder, RANK_SCORES_FILE))
     return read_rank_scores(folder, num_ranks, {}) if has_scores else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.refit_selection import SUPERSEDED, mark_superseded, refits
 from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.sweep_folder import TEST_FILE, read_readings
-from imbvlm.sweep.records.trial_log import ENDED, WINNER
+from imbvlm.sweep.records.trial_log import ENDED, WINNER, refit_folder
 from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.records.winner_selection import select_winner, write_selection
 from imbvlm.sweep.run.extract_phase import extract_splits
@@ -107,7 +106,7 @@ def _refit_settings(run: SweepRun, job: Job, test_features: Mapping[str, Feature
     features = settings.feature_set
     if test is not None:
         features = replace(features, splits={**features.splits, **test.splits}, five_crop=test.five_crop)
-    selection, folder = run.adjustments.get(job.name), storage.join(run.folder, "refits", job.trial_id)
+    selection, folder = run.adjustments.get(job.name), refit_folder(run.folder, job.trial_id)
     return replace(
         settings,
         feature_set=features,
@@ -152,4 +151,4 @@ def _write_reading(run: SweepRun) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         readings = [*before["readings"], {"read_at": now, "trials": sorted(new)}]
         reading = {"read_at": now, "scores": {**before["scores"], **new}, "readings": readings}
-        storage.write_bytes(storage.join(run.folder, TEST_FILE), json.dumps(reading, indent=1).encode())
+        storage.write_json(storage.join(run.folder, TEST_FILE), reading)

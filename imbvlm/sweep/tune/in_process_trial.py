@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import pickle
 import zlib
 from collections.abc import Generator
@@ -114,7 +113,7 @@ class InProcessTrial(tune.Trainable):
         """Return the members that have ended; the driver writes them before it asks for a step."""
         if len(self._members) < 2 or self._ended_file is None or not storage.exists(self._ended_file):
             return []
-        trial_ids: list[str] = json.loads(storage.read_bytes(self._ended_file))
+        trial_ids: list[str] = storage.read_json(self._ended_file)
         return trial_ids
 
     def _close(self, trial_ids: list[str]) -> None:

@@ -6,7 +6,6 @@ of them stands here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -99,7 +98,7 @@ class Members:
             del pack.members[trial_id]
         pack.ended += ended
         if ended and pack.members:
-            storage.write_bytes(self._ended_file(tune_id), json.dumps(pack.ended).encode())
+            storage.write_json(self._ended_file(tune_id), pack.ended)
         return events
 
     def close(self, tune_id: str, *, is_lost: bool = False) -> list[MemberEvent]:
