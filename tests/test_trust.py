@@ -48,7 +48,7 @@ from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.encoders.open_clip_names import CONFIG_FILE
 from imbvlm.sweep.records.adjustment_selection import read_adjustment
 from imbvlm.sweep.records.provenance import provenance_changes
-from imbvlm.sweep.records.sweep_folder import SweepState
+from imbvlm.sweep.records.sweep_folder import SweepState, sweeps_under
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.checkpoint import TrialState, load_checkpoint, load_model_tensors, save_checkpoint
@@ -298,6 +298,7 @@ def test_a_sweeps_folder_does_not_run_the_plug_in_that_it_brings(tmp_path: Path,
     (folder / "provenance.json").write_text(json.dumps(origin))
     with pytest.raises(ImbvlmError, match=r"needs the plug-in evil.py, and its code runs only where you name it"):
         SweepState.read(str(folder))
+    assert [state.folder for state in sweeps_under(str(tmp_path))[0]] == [str(folder)]
     (folder / "provenance.json").write_text(json.dumps({**origin, "plugins": {"../plugins/evil.py": "0"}}))
     with pytest.raises(ImbvlmError, match=r"is no plug-in's name"):
         SweepState.read(str(folder))

@@ -364,10 +364,12 @@ def needs_text(config: TrialConfig) -> bool:
 def selected_options(tree: Tree) -> dict[str, float | None]:
     """A trial's options that validation selects where they are null, by dotted key; a run reports each as a metric.
 
-    `tree` is plain data of a checked configuration.
+    `tree` is plain data of a checked configuration. Lists of sweeps don't know the options of plug-ins.
     """
-    sections = {tree["method"]: METHODS[tree["method"]].selected}
-    if stage := tree.get("second_stage"):
+    sections, stage = {}, tree.get("second_stage")
+    if tree["method"] in METHODS:
+        sections[tree["method"]] = METHODS[tree["method"]].selected
+    if stage and stage["name"] in SECOND_STAGES:
         sections["second_stage"] = SECOND_STAGES[stage["name"]].selected
     return {f"{section}.{option}": tree[section][option] for section, options in sections.items() for option in options}
 

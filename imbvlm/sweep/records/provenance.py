@@ -83,7 +83,12 @@ def begin_provenance(folder: str, content: dict[str, Any]) -> None:
 
 def require_sweep_plugins(folder: str, *, check: bool = True) -> None:
     """Raise PluginNeededError where a plug-in of a sweep isn't active, or, with `check`, has other code."""
-    require_plugins(folder, (_written(folder) or {}).get("plugins", {}), check=check)
+    require_plugins(folder, plugin_digests(folder), check=check)
+
+
+def plugin_digests(folder: str) -> dict[str, str]:
+    """The digests of the plug-ins that a sweep began with, by name; raises ImbvlmError if its file is damaged."""
+    return dict((_written(folder) or {}).get("plugins", {}))
 
 
 def provenance_changes(folder: str, now: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,13 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import percent, pluralize
 from imbvlm.base.json_file import damage_named, read_json
 from imbvlm.base.plugins import active_plugins
-from imbvlm.base.yaml_file import parse_yaml
+from imbvlm.base.yaml_file import YamlTree, parse_yaml
 from imbvlm.sweep.records.budget import read_spent
 from imbvlm.sweep.records.difference import splits_of
-from imbvlm.sweep.records.provenance import data_size, require_sweep_plugins
+from imbvlm.sweep.records.provenance import data_size, plugin_digests, require_sweep_plugins
 from imbvlm.sweep.records.summary_tables import METRICS, encoder_notes, pareto_records, rank_metrics
 from imbvlm.sweep.records.trial_log import DELIVERED, SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values, name_rank
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
 
@@ -36,6 +37,24 @@ def read_spec(folder: str, *, check_plugins: bool = True) -> SweepSpec:
 
     Raises PluginNeededError where a plug-in of the sweep isn't active, or, with `check_plugins`, has other code.
     """
+    tree = _spec_tree(folder)
+    require_sweep_plugins(folder, check=check_plugins)
+    return _spec_of(tree)
+
+
+def read_listed_spec(folder: str) -> SweepSpec:
+    """The spec in a sweep's folder without its plug-ins, for what its records alone say; raises ImbvlmError.
+
+    The default stands in for a sampler of a plug-in.
+    """
+    tree = _spec_tree(folder)
+    searcher = tree.data.get("searcher") if isinstance(tree.data, dict) else None
+    if isinstance(searcher, dict) and searcher.get("name") not in SAMPLERS and plugin_digests(folder):
+        tree = YamlTree({key: value for key, value in tree.data.items() if key != "searcher"}, tree.file, tree.places)
+    return _spec_of(tree)
+
+
+def _spec_tree(folder: str) -> YamlTree:
     uri = storage.join(folder, SPEC_FILE)
     if not storage.exists(uri):
         raise ImbvlmError(f"{folder} is not a sweep's folder: it has no {SPEC_FILE}. `imbvlm sweep list` shows them.")
@@ -43,8 +62,10 @@ def read_spec(folder: str, *, check_plugins: bool = True) -> SweepSpec:
         text = storage.read_bytes(uri).decode()
     except UnicodeDecodeError as error:
         raise ImbvlmError(f"{uri} is damaged: byte {error.start} is no UTF-8. Restore the file.") from None
-    tree = parse_yaml(text, uri)
-    require_sweep_plugins(folder, check=check_plugins)
+    return parse_yaml(text, uri)
+
+
+def _spec_of(tree: YamlTree) -> SweepSpec:
     # Its own list names files that the caller may not mean.
     spec = SweepSpec.from_tree(tree).model_copy(update={"plugins": active_plugins().locations})
     return spec.model_copy(update={key: value for key, value in RULES_BEFORE.items() if key not in tree.data})
@@ -63,7 +84,7 @@ class SweepState:
     size: tuple[int, int] | None = None
 
     @staticmethod
-    def read(folder: str) -> SweepState:
+    def read(folder: str, read_spec: Callable[[str], SweepSpec] = read_spec) -> SweepState:
         """Read a folder; raises ImbvlmError if it isn't a sweep's."""
         spec = read_spec(folder)
         # Older sweeps don't mark a run that hasn't ended.
@@ -189,7 +210,7 @@ def sweeps_under(storage_folder: str) -> tuple[list[SweepState], list[Unreadable
         if not storage.exists(storage.join(path, SPEC_FILE)):
             continue
         try:
-            states.append(SweepState.read(path))
+            states.append(SweepState.read(path, read_listed_spec))
         except ImbvlmError as error:
             unreadable.append(Unreadable(path, " ".join(str(error).split())))
     return sorted(states, key=lambda state: state.started_at or 0.0), unreadable
