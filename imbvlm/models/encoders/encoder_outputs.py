@@ -187,8 +187,9 @@ def _trunk_outputs(image_tower: Any, images: Tensor) -> tuple[Tensor, Tensor, Te
     """Features of timm's trunk, its tokens before the final norm, and its features pooled."""
     trunk = image_tower.trunk
     if _timm_is_vit(image_tower):
+        # timm's Eva fails where prefix tokens are asked for and it has none, as PE-Core's ViT-G.
         features, last = trunk.forward_intermediates(
-            images, indices=1, norm=False, output_fmt="NLC", return_prefix_tokens=True
+            images, indices=1, norm=False, output_fmt="NLC", return_prefix_tokens=trunk.num_prefix_tokens > 0
         )
         patches, prefix = last[0] if isinstance(last[0], tuple) else (last[0], None)
         # Registers, behind the class token, are scratch space of the blocks and stand for no part of the image.

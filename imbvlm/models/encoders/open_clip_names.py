@@ -122,10 +122,10 @@ def tag_source(config: EncoderConfig, name: str, short_names: Collection[str]) -
     if tag and not tag_config:
         raise _unknown_tag(config, model, tag)
     if not tag and config.weights is None:
-        tags = list_pretrained_tags_by_model(model)
+        tags = ", ".join(list_pretrained_tags_by_model(model))
+        fix = f"write {model}/TAG with one of {tags}, or" if tags else "open_clip has none for it;"
         raise ImbvlmError(
-            f"encoder.name is {config.name!r}, an architecture without weights; write {model}/TAG with one of "
-            f"{', '.join(tags) or 'no tags (it has none)'}, or set encoder.weights."
+            f"encoder.name is {config.name!r}, an architecture without weights; {fix} set encoder.weights."
         )
     weights = config.absolute().weights
     if weights is not None and not os.path.isfile(weights):

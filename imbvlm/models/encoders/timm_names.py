@@ -41,9 +41,9 @@ def timm_source(config: EncoderConfig, name: str) -> EncoderSource:
             f"{suggest_name(name, tags)}"
         )
     if not tag and config.weights is None:
+        fix = f"write {TIMM}NAME with one of {', '.join(tags)}, or" if tags else "timm has none for it;"
         raise ImbvlmError(
-            f"encoder.name is {config.name!r}, an architecture without weights; write {TIMM}NAME with one of "
-            f"{', '.join(tags) or 'no names (timm has none)'}, or set encoder.weights."
+            f"encoder.name is {config.name!r}, an architecture without weights; {fix} set encoder.weights."
         )
     weights = config.absolute().weights
     if weights is not None and not (weights.endswith(".safetensors") and os.path.isfile(weights)):

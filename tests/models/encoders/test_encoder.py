@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.eva import Eva
 from torch.nn import functional as F
 from towers import CONFIGS, write_config, write_tower
 
@@ -21,7 +22,7 @@ from imbvlm.config.input_sections import HF_HUB, EncoderConfig, EvalConfig
 from imbvlm.models.encoder_classifier import EncoderClassifier
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
-from imbvlm.models.encoders.encoder_outputs import OUTPUTS
+from imbvlm.models.encoders.encoder_outputs import OUTPUTS, TimmTower, visual_rules
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.encoders.image_encoder import MAX_DIFFERENCE
 from imbvlm.models.encoders.token_pooling import pooling_matrix
@@ -244,6 +245,16 @@ def test_a_token_stands_for_a_patch_or_the_class(folders: dict[str, str]) -> Non
     for kind, (num_patches, num_class) in counts.items():
         info = describe_encoder(EncoderConfig(name=folders[kind]))
         assert (info.num_tokens, info.has_class_token) == (num_patches + num_class, bool(num_class)), kind
+
+
+def test_a_transformer_without_any_prefix_token_gives_its_patches() -> None:
+    """As PE-Core's largest, of timm's class whose other members have a class token or registers."""
+    tower = TimmTower(Eva(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=0, class_token=False), 32).eval()
+    with torch.no_grad():
+        output = visual_rules(tower, "own").outputs(tower, pixels := torch.rand(2, 3, 32, 32))
+        torch.testing.assert_close(tower.trunk.norm(output.tokens), tower.trunk.forward_features(pixels))
+        torch.testing.assert_close(output.pooled, tower.trunk(pixels))
+    assert output.tokens.shape == (2, 16, 32)
 
 
 def test_an_encoder_for_images_of_any_shape_is_refused_with_the_reason(tmp_path: Path) -> None:
