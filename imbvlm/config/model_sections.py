@@ -110,6 +110,9 @@ class PrototypeCacheConfig(Section):
         5.5, gt=0, description="how fast affinity falls with distance; larger: only the nearest prototypes count"
     )
     scale: float = Field(20.0, gt=0, description="factor on affinities, which are between 0 and 1")
+    center_by_parent: Annotated[bool, ADDED_LATER] = Field(
+        False, description="move each class's prototypes so that their mean is centered by its parent, rank by rank"
+    )
 
 
 ClassifierInit = Annotated[

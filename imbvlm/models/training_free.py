@@ -19,6 +19,7 @@ from imbvlm.config.method_registry import METHODS
 from imbvlm.config.model_sections import ClassMeansConfig, DiscriminantConfig, PrototypeCacheConfig
 from imbvlm.config.trial_config import TrialConfig, require_section
 from imbvlm.longtail.post_hoc_adjustment import balanced_log_likelihood, best_temperature
+from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.classifier import AffineMap, CosineClassifier, FeatureClassifier, autocast_disabled, l2_normalize
 from imbvlm.models.classifier_init import centered_by_parent, class_means
 from imbvlm.models.encoders.encoder import Encoder
@@ -230,6 +231,8 @@ def build_prototype_cache(
             centers = cluster_centers(features, num_slots).cpu()
             prototypes[: len(centers), label] = centers
             shares[: len(centers), label] = 1 / len(centers)
+    if section.center_by_parent:
+        prototypes = centered_prototypes(prototypes, shares, inputs.taxonomy)
     return PrototypeCache(prototypes, shares, section.sharpness, section.scale)
 
 
@@ -241,6 +244,18 @@ def restore_prototype_cache(
     num_slots = len(tensors["shares"]) if "shares" in tensors else section.num_prototypes
     prototypes = torch.zeros(num_slots, num_classes, info.pooled_width)
     return PrototypeCache(prototypes, torch.zeros(num_slots, num_classes), section.sharpness, section.scale)
+
+
+def centered_prototypes(prototypes: Tensor, shares: Tensor, taxonomy: Taxonomy | None) -> Tensor:
+    """Prototypes (K, C, D) of length 1, moved so that each class's mean has the direction `centered_by_parent` gives it.
+
+    Those of a class move together, and their mean keeps its length until they are normalized. `shares` (K, C) as of
+    PrototypeCache. Raises ImbvlmError without a taxonomy.
+    """
+    means = (shares[:, :, None] * prototypes).sum(dim=0)
+    directions = centered_by_parent(l2_normalize(means), taxonomy, "prototype_cache.center_by_parent")
+    moves = torch.linalg.vector_norm(means, dim=1, keepdim=True) * directions - means
+    return l2_normalize(prototypes + moves) * (shares > 0)[:, :, None]
 
 
 @torch.no_grad()

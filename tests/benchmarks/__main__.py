@@ -25,7 +25,18 @@ from table import HEADING, Options  # noqa: E402
 # Each is a file beside this one with a function `lines`. What a sweep costs, in the order in which it runs:
 TABLE = ("extraction", "epoch", "overhead", "packs", "growth", "store", "tokens", "search", "sweep")
 # And what its defaults rest on:
-MORE = ("arms", "attention", "choice", "quality", "demonstration", "precision", "views", "starts", "images")
+MORE = (
+    "arms",
+    "attention",
+    "choice",
+    "quality",
+    "demonstration",
+    "precision",
+    "views",
+    "starts",
+    "images",
+    "centering",
+)
 
 
 def main() -> int:

@@ -442,7 +442,8 @@ def check_manifest(sweep: ResolvedSweep, manifest: Manifest) -> None:
     """
     spec = sweep.spec
     text_notes(sweep, manifest)
-    for key in ("prompts.center_by_parent", "class_means.center_by_parent"):
+    for section in ("prompts", "class_means", "prototype_cache"):
+        key = f"{section}.center_by_parent"
         if manifest.taxonomy is None and True in sweep.space.values_of(key, spec.base):
             rule = f"{key} needs a manifest with a tree over its classes"
             raise ConfigError([Problem(f"{rule}; build it with --taxonomy, or leave {key} out", spec.where("base"))])
