@@ -188,7 +188,7 @@ def check_features(
         typer.Argument(metavar="FOLDER", help="stores, or folders or s3:// URIs of stores; by default runs/features"),
     ] = None,
 ) -> int:
-    """Read every byte of stored features and compare it with its checksum."""
+    """Verify every byte of stored features by its checksum."""
     from imbvlm.cli.features_command import check
 
     return check(folders or ["runs/features"])
@@ -201,7 +201,10 @@ StoreFolders = Annotated[
 
 
 def list_features(folders: StoreFolders = None, as_json: Json = False) -> int:
-    """List feature stores: encoder, size, images, bytes, last use, and the sweeps that read them."""
+    """List feature stores: content, size and use.
+
+    Each has its encoder, image size, outputs, images, bytes, last use, and the sweeps that read it.
+    """
     from imbvlm.cli.features_care import describe, list_stores, to_dicts
 
     stores = list_stores(folders or ["runs/features"])
@@ -214,9 +217,12 @@ def prune_features(
         str, typer.Option(metavar="FOLDER", help="the folder or s3:// prefix with all your manifests, at any depth")
     ],
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder or s3:// URI of stores")] = "runs/features",
-    delete: Annotated[bool, typer.Option("--delete", help="delete what is shown without it")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="delete them; without it nothing changes")] = False,
 ) -> int:
-    """Show stored features of images that no manifest refers to, older than a day and not of a running sweep."""
+    """Show or delete stored features that no manifest refers to.
+
+    Features of the last day and those of a running sweep stay.
+    """
     from imbvlm.cli.features_care import prune
 
     print("\n".join(prune(folder, manifests, delete=delete)))
@@ -270,11 +276,11 @@ GROUPS = {
         "imbvlm manifest build --folders photos/ -o photos.parquet",
     ),
     "features": (
-        "Compute, check, list and prune the stored outputs of encoders.",
+        "Compute, check, list and prune stored encoder outputs.",
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
     ),
     "encoder": (
-        "Compare encoders on your images, and bring them to machines without a network.",
+        "Compare encoders on your images, or fetch one into a folder.",
         "imbvlm encoder fetch openai_vit_b16 -o openai_vit_b16",
     ),
     "sweep": (

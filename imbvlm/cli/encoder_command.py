@@ -16,7 +16,10 @@ def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="an encoder, as encoder.name has it")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="a new or empty folder of this machine")],
 ) -> int:
-    """Write an encoder with its tokenizer as a folder that local-dir: reads without a network."""
+    """Write an encoder into a folder that needs no network.
+
+    The folder has the tokenizer, too, and encoder.name takes it as local-dir:FOLDER.
+    """
     import os
     import shutil
 
@@ -64,7 +67,8 @@ def compare_encoders(
         str, typer.Option(metavar="PIXELS,...", help="sizes of images to compare; by default each encoder's own")
     ] = "",
     images: Annotated[
-        int, typer.Option(metavar="N", min=10, help="most images of the sample, which takes as many of each class")
+        int,
+        typer.Option(metavar="N", min=10, help="largest sample; each class gives as many as any other, or all"),
     ] = 2000,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="selects the sample and its folds")] = 0,
     features: Annotated[
@@ -76,7 +80,7 @@ def compare_encoders(
     ] = "auto",
     as_json: Json = False,
 ) -> int:
-    """Compare encoders on a sample of the training images, before any sweep.
+    """Compare encoders on a sample of the training images.
 
     A linear probe, class means and zero-shot are scored by folds on features as a sweep computes them.
     """

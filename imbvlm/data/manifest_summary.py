@@ -152,19 +152,19 @@ def _examples(manifest: Manifest, stats: ClassStats, direction: int, number: int
     return ", ".join(f"{manifest.class_names[label]} ({stats.counts[label]:,})" for label in order)
 
 
-def plot_counts(counts: npt.NDArray[np.int64], width: int = _PLOT_WIDTH, height: int = _PLOT_HEIGHT) -> list[str]:
+def plot_counts(counts: npt.NDArray[np.int64]) -> list[str]:
     """Counts (C,) from head to tail as lines of block characters; heights on a log scale from 1."""
     ordered = np.sort(counts)[::-1]
-    width = min(width, len(ordered))
+    width = min(_PLOT_WIDTH, len(ordered))
     edges = np.linspace(0, len(ordered), width + 1).astype(int)
     means = np.add.reduceat(ordered, edges[:-1]) / np.diff(edges)
     means = means.repeat(max(1, _PLOT_WIDTH // width))
     top = float(np.log1p(ordered.max()))
-    levels = np.rint(np.log1p(means) / max(top, 1e-9) * height * 8).astype(int)
+    levels = np.rint(np.log1p(means) / max(top, 1e-9) * _PLOT_HEIGHT * 8).astype(int)
     lines = []
-    for row in range(height, 0, -1):
+    for row in range(_PLOT_HEIGHT, 0, -1):
         filled = np.clip(levels - (row - 1) * 8, 0, 8)
-        label = f"{round(np.expm1(top * row / height)):>9,} "
+        label = f"{round(np.expm1(top * row / _PLOT_HEIGHT)):>9,} "
         lines.append(label + "".join(_BLOCKS[level] for level in filled).rstrip())
     return [*lines, " " * 10 + _axis(len(ordered), len(means))]
 

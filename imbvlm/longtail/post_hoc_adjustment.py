@@ -171,7 +171,6 @@ def select_tau(
     logits: Tensor,
     targets: Tensor,
     class_counts: npt.ArrayLike | Tensor,
-    taus: Sequence[float] = TAUS,
     weights: Tensor | None = None,
 ) -> ValueSelection:
     """tau of `adjust_logits` on validation logits (N, C), targets (N,), by per-class accuracy under `weights` (C,).
@@ -185,7 +184,7 @@ def select_tau(
     def adjusted(tau: float, rows: slice) -> Tensor:
         return adjust_logits(logits[rows], counts if counts.ndim == 1 else counts[rows], tau)
 
-    return _select_by_rows(taus, targets, weights, logits.shape[1], adjusted)
+    return _select_by_rows(TAUS, targets, weights, logits.shape[1], adjusted)
 
 
 def mix_logits(logits: Tensor, zero_shot_logits: Tensor, alpha: float) -> Tensor:
@@ -197,7 +196,6 @@ def select_alpha(
     logits: Tensor,
     zero_shot_logits: Tensor,
     targets: Tensor,
-    alphas: Sequence[float] = ALPHAS,
     weights: Tensor | None = None,
 ) -> ValueSelection:
     """alpha of `mix_logits` on validation logits (N, C), targets (N,), by per-class accuracy under `weights` (C,).
@@ -211,7 +209,7 @@ def select_alpha(
             f"{tuple(zero_shot_logits.shape)}."
         )
     return _select_by_rows(
-        alphas,
+        ALPHAS,
         targets,
         weights,
         logits.shape[1],

@@ -65,7 +65,7 @@ def sample_quota(counts: npt.NDArray[np.int64], max_images: int, seed: int) -> n
 
 
 def sample_images(manifest: Manifest, max_images: int, seed: int) -> Manifest:
-    """Training images with the same share of each class, all where they are few; the classes are those that have any.
+    """Training images, equally many of each class or all of its own; the classes are those that have any.
 
     Shot groups stay those of the whole manifest. Copies of an image are sampled together. Raises ConfigError for a
     sample that scores nothing.

@@ -151,7 +151,7 @@ def margins(source: ReportData) -> Table | None:
         difference = source.differences.get((other.name, split))
         if difference is not None:
             gains = (
-                _gain(winner.values_in(winner.splits[-1], metric), other.values_in(split, metric)) for metric in shown
+                gain(winner.values_in(winner.splits[-1], metric), other.values_in(split, metric)) for metric in shown
             )
             interval = (
                 "-" if math.isinf(difference.low) else f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
@@ -167,12 +167,13 @@ def margins(source: ReportData) -> Table | None:
     return Table("margins", "Margin", header, rows, caption=caption)
 
 
-def _gain(left: list[float], right: list[float]) -> str:
+def gain(left: list[float], right: list[float]) -> str:
+    """The difference of two means in points, and the standard deviation over the seeds of both; a dash without one."""
     if not left or not right:
         return "-"
-    gain = f"{100 * (statistics.fmean(left) - statistics.fmean(right)):+.1f}"
+    points = f"{100 * (statistics.fmean(left) - statistics.fmean(right)):+.1f}"
     spreads = [statistics.stdev(values) for values in (left, right) if len(values) > 1]
-    return f"{gain} ± {100 * math.hypot(*spreads):.1f}" if spreads else gain
+    return f"{points} ± {100 * math.hypot(*spreads):.1f}" if spreads else points
 
 
 def unseen_groups(source: ReportData) -> list[Table]:

@@ -12,6 +12,7 @@ from imbvlm.sweep.records.summary_tables import HEADINGS, METRICS
 from imbvlm.sweep.records.trial_log import TrialRecord
 from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import ReportData, ScoredRefit
+from imbvlm.sweep.report.score_tables import gain
 from imbvlm.sweep.spec.equivalence import canonical_key
 from imbvlm.sweep.spec.published_recipes import published_scores
 from imbvlm.sweep.spec.search_space import ListedSpace
@@ -49,7 +50,8 @@ def fresh_gap(source: ReportData) -> Table:
         for refit in pair:
             means = (mean_std(refit.values(f"test/{metric}")) for metric in METRICS)
             rows.append([refit.name, refit.records[0].views, str(len(refit.records)), *means])
-        rows.append(["difference", "", "", *(_difference(*pair, metric) for metric in METRICS)])
+        stored, fresh = ([refit.values(f"test/{metric}") for metric in METRICS] for refit in pair)
+        rows.append(["difference", "", "", *map(gain, fresh, stored)])
     caption = (
         "Percent, test split; the difference in points, fresh crops minus stored views, ± the standard deviation over "
         "the seeds of both."
@@ -139,13 +141,3 @@ def _configurations(source: ReportData) -> _Configurations:
         record = records.get(canonical_key(source.spec.trial(draw)))
         configurations[name] = (record, None if record is None else scored.get(names[record.trial_id]))
     return configurations
-
-
-def _difference(stored: ScoredRefit, fresh: ScoredRefit, metric: str) -> str:
-    ours, theirs = stored.values(f"test/{metric}"), fresh.values(f"test/{metric}")
-    if not ours or not theirs:
-        return "-"
-    change = f"{100 * (statistics.fmean(theirs) - statistics.fmean(ours)):+.1f}"
-    if min(len(ours), len(theirs)) < 2:
-        return change
-    return f"{change} ± {100 * (statistics.variance(ours) + statistics.variance(theirs)) ** 0.5:.1f}"
