@@ -113,11 +113,8 @@ def _version(name: str) -> str | None:
 
 
 def _cpus() -> Check:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = ""
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory"
-    return Check("CPUs", "ok", f"{usable}{memory}")
+    num_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Check("CPUs", "ok", f"{len(os.sched_getaffinity(0))}, {num_bytes / 1e9:.0f} GB of memory")
 
 
 def _gpus() -> Check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,6 @@ from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.images.preprocess import Preprocess
 from imbvlm.inference.blend_network import FeatureForm
 from imbvlm.inference.model_parts import class_names_of, description_damage_named, evaluation_input, read_config
-from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 
 # Formats of config.json: a model of one classifier, and a blend.
 SINGLE_FORMAT, BLEND_FORMAT = 2, 3
@@ -21,39 +19,30 @@ SINGLE_FORMAT, BLEND_FORMAT = 2, 3
 class MemberRecord:
     """A member. `head` is the number of its file; None where it is part of its pass's matrices.
 
-    Its logits are the mean of `num_refits` refits. Weight, temperature and adjustment of a blend's members are for
-    readers: the tensors are already multiplied by them.
+    Weight, temperature, adjustment and number of refits in the description are for people: the tensors already have
+    them.
     """
 
-    name: str
     config: TrialConfig
-    adjustment: PostHocAdjustment | None
-    weight: float = 1.0
-    temperature: float = 1.0
-    num_refits: int = 1
     head: int | None = None
 
     @staticmethod
     def read(data: Mapping[str, Any], location: str) -> MemberRecord:
         """Read a member of a blend; raises KeyError, TypeError, ValueError or ConfigError."""
-        head, weight, temperature = data["head"], float(data["weight"]), float(data["temperature"])
-        if not (0 < weight < math.inf and 0 < temperature < math.inf):
-            raise ValueError(f"weight and temperature must be above 0, got {weight:g} and {temperature:g}")
+        head = data["head"]
         if head is not None and (not isinstance(head, int) or head < 1):
             raise ValueError(f"head must be a number from 1 up or null, got {head!r}")
-        config, adjustment = _config(data, location), _adjustment(data)
-        return MemberRecord(str(data["name"]), config, adjustment, weight, temperature, int(data["num_refits"]), head)
+        return MemberRecord(read_config(data["config"], location), head)
 
 
 @dataclass(frozen=True)
 class PassRecord:
-    """A pass: the number of its input from 0, its encoder, and its members.
+    """A pass: the number of its input from 0, the digest of its encoder's weights, and its members.
 
     `forms` are those of the matrices that stand for all members without a file of their own.
     """
 
     input: int
-    encoder: str
     weights_fingerprint: str
     forms: tuple[FeatureForm, ...]
     members: tuple[MemberRecord, ...]
@@ -65,9 +54,8 @@ class PassRecord:
         for form in forms:
             form.check()
         members = tuple(MemberRecord.read(member, location) for member in _some(data, "members"))
-        encoder = data["encoder"]
         number = input_names.index(data["input"])
-        return PassRecord(number, str(encoder["name"]), encoder["weights_fingerprint"], forms, members)
+        return PassRecord(number, data["encoder"]["weights_fingerprint"], forms, members)
 
     @property
     def heads(self) -> list[MemberRecord]:
@@ -109,22 +97,11 @@ class ModelRecord:
 def _read_single(
     description: Mapping[str, Any], location: str
 ) -> tuple[tuple[Preprocess, ...], tuple[str, ...], tuple[PassRecord, ...]]:
-    """Input, fingerprint and pass of a model of one classifier, whose only member is called as its method."""
-    config, encoder = _config(description, location), description["encoder"]
+    """Input, fingerprint and pass of a model of one classifier."""
+    config = read_config(description["config"], location)
     preprocess = evaluation_input(Preprocess.from_dict(description["preprocess"]), config)
-    members = (MemberRecord(config.method, config, _adjustment(description)),)
-    only = PassRecord(0, str(encoder["name"]), encoder["weights_fingerprint"], (), members)
+    only = PassRecord(0, description["encoder"]["weights_fingerprint"], (), (MemberRecord(config),))
     return (preprocess,), (str(description["preprocess_fingerprint"]),), (only,)
-
-
-def _config(data: Mapping[str, Any], location: str) -> TrialConfig:
-    return read_config(data["config"], location)
-
-
-def _adjustment(data: Mapping[str, Any]) -> PostHocAdjustment | None:
-    adjusted = data["post_hoc"]
-    names = ("tau", "alpha", "temperature")
-    return None if adjusted is None else PostHocAdjustment(**{name: float(adjusted[name]) for name in names})
 
 
 def _some(data: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:

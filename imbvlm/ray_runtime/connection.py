@@ -287,9 +287,7 @@ def _runtime_env(address: str) -> dict[str, Any] | None:
 
     Ray Train's cleaner would call the other cluster, and never free the workers of a stopped trial.
     """
-    if len(_clusters_here()) < 2:
-        return None
-    return {"env_vars": {"RAY_ADDRESS": address}}
+    return None if len(_clusters_here()) < 2 else {"env_vars": {"RAY_ADDRESS": address}}
 
 
 def _check_address() -> None:

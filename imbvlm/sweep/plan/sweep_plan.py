@@ -335,7 +335,7 @@ def resources() -> tuple[float, float]:
 
 
 def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _concurrent(sweep: ResolvedSweep, cluster: Cluster | None) -> tuple[int, str]:
