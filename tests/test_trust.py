@@ -27,6 +27,7 @@ import torch
 from apart import apart_with_ray
 from exported_model import write_model_folder
 from listening import LOOPBACK
+from safetensors.torch import load_file, save_file
 from sweep_folder import write_sweep
 from towers import write_tower
 
@@ -156,7 +157,7 @@ def test_a_tower_whose_tokenizer_would_run_code_is_refused(tower: Path) -> None:
         ("text_cfg", {"width": 10**6}, "its weights have 1,000,000 bytes; they don't belong together"),
         # The mask of its attention is no weight, and takes the square of it.
         ("text_cfg", {"context_length": 10**6}, "asks for 1,0.* numbers, and its weights have 1,000,000 bytes"),
-        ("vision_cfg", {"image_size": 10**6}, "takes images of 1,000,000 px, and at most 2,048 can be used"),
+        ("vision_cfg", {"image_size": 10**6}, "takes images of 1,000,000 px, and 1 to 2,048 can be used"),
     ],
 )
 def test_a_tower_that_asks_for_more_than_its_weights_hold_is_refused_before_it_is_built(
@@ -171,6 +172,55 @@ def test_a_tower_that_asks_for_more_than_its_weights_hold_is_refused_before_it_i
     for read in (describe_encoder, lambda config: create_encoder(config, EvalConfig())):
         with pytest.raises(ImbvlmError, match=sentence):
             read(EncoderConfig(name=name))
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("vision_cfg", {"head_width": 0}, "division"),
+        ("vision_cfg", {"patch_size": 0}, "division"),
+        ("vision_cfg", {"image_size": -32}, "takes images of -32 px"),
+        ("preprocess_cfg", {"mean": [0.5]}, r"mean must be three numbers, got \[0\.5\]"),
+        ("preprocess_cfg", {"std": "abc"}, "std must be three numbers, got 'abc'"),
+        ("preprocess_cfg", {"std": [0.2, 0.0, 0.2]}, "std must be above 0"),
+        ("preprocess_cfg", {"std": [float("inf")] * 3}, "std must be three numbers"),
+    ],
+)
+def test_a_tower_whose_description_makes_no_sense_is_refused(
+    tmp_path: Path, section: str, change: dict[str, Any], says: str
+) -> None:
+    name, path = write_tower(tmp_path / "tower", "vit"), tmp_path / "tower" / CONFIG_FILE
+    description = json.loads(path.read_text())
+    {**description, **description["model_cfg"]}[section].update(change)
+    path.write_text(json.dumps(description))
+    for attempt in (describe_encoder, lambda config: create_encoder(config, EvalConfig())):
+        with pytest.raises(ImbvlmError, match=says):
+            attempt(EncoderConfig(name=name))
+
+
+@pytest.mark.parametrize("tensor", ["visual.trunk.bn1.running_var", "visual.head.proj.weight", "logit_scale"])
+def test_a_tower_with_numbers_that_are_not_finite_is_refused(tmp_path: Path, tensor: str) -> None:
+    """Also where a hostile folder of a model states the digests of just these weights."""
+    folder = write_model_folder(tmp_path, "timm_efficientnet")
+    path = folder / "tower" / "open_clip_model.safetensors"
+    tensors = load_file(path)
+    tensors[tensor].view(-1)[0] = float("nan")
+    save_file(tensors, path)
+    for attempt in (
+        lambda: load(folder, "cpu"),
+        lambda: create_encoder(EncoderConfig(name=f"local-dir:{folder / 'tower'}"), EvalConfig()),
+    ):
+        with pytest.raises(ImbvlmError, match=rf"has numbers that aren't finite in {tensor}, so that its outputs"):
+            attempt()
+
+
+def test_class_embeddings_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    save_file({"class_embeddings": torch.zeros(3, 2)}, folder / "zero_shot.safetensors")
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**description, "digests": {}}))
+    with pytest.raises(ImbvlmError, match=r"has 3 x 2 numbers, and there are 3 classes in 24 dimensions"):
+        load(folder, "cpu")
 
 
 def test_a_column_that_ray_data_would_unpickle_is_not_read(mark: Path, tmp_path: Path) -> None:

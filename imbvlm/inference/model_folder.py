@@ -144,9 +144,12 @@ def _load(folder: str, name: str, description: Mapping[str, Any], device: torch.
         tree, fingerprint = description["config"], description["encoder"]["weights_fingerprint"]
         preprocess_fingerprint, pillow = description["preprocess_fingerprint"], description["pillow"]
         adjusted, digests = description["post_hoc"], dict(description.get("digests", {}))
-        post_hoc = None if adjusted is None else LogitPostprocessor.read(folder, adjusted, len(class_names), digests)
     config = read_config(tree, description_file)
     encoder = load_encoder(folder, name, config, fingerprint, device)
+    width, post_hoc = encoder.info.embedding_width, None
+    if adjusted is not None:
+        with description_damage_named(description_file):
+            post_hoc = LogitPostprocessor.read(folder, adjusted, len(class_names), width, digests)
     check_preprocess(encoder.preprocess, preprocess, preprocess_fingerprint, pillow, name)
     weights = read_tensors(folder, MODEL_FILE, digests)
     classifier = restore_model(config, encoder.info, len(class_names), weights, encoder)

@@ -125,19 +125,11 @@ def load_encoder(
 ) -> Encoder:
     """The encoder below a local folder; `name` is the folder in errors.
 
-    Raises ImbvlmError where its weights have another fingerprint, or numbers that aren't finite.
+    Raises ImbvlmError where its weights have another fingerprint.
     """
     encoder = _create(storage.join(folder, ENCODER_FOLDER), config, device)
     if encoder.info.weights_fingerprint != weights_fingerprint:
         raise ImbvlmError(f"the encoder in {name} is not the one that the classifier was trained on. {EXPORT_AGAIN}")
-    infinite = next(
-        (key for key, param in encoder.image_tower.named_parameters() if not torch.isfinite(param).all()), None
-    )
-    if infinite is not None:
-        raise ImbvlmError(
-            f"the encoder in {name} has numbers that aren't finite in {infinite}, so its probabilities would mean "
-            f"nothing. {EXPORT_AGAIN}"
-        )
     return encoder
 
 

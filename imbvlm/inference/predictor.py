@@ -91,7 +91,9 @@ class LogitPostprocessor:
         return {**asdict(self.adjustment), "class_counts": list(self.class_counts)}
 
     @staticmethod
-    def read(folder: str, data: Mapping[str, Any], num_classes: int, digests: Mapping[str, str]) -> LogitPostprocessor:
+    def read(
+        folder: str, data: Mapping[str, Any], num_classes: int, embedding_width: int | None, digests: Mapping[str, str]
+    ) -> LogitPostprocessor:
         """Read what `write` wrote; raises KeyError, TypeError, ValueError, StorageError or CheckpointError."""
         values = dict(data)
         counts = tuple(operator.index(count) for count in values.pop("class_counts"))
@@ -103,8 +105,11 @@ class LogitPostprocessor:
         embeddings = None
         if adjustment.alpha:
             embeddings = read_tensors(folder, ZERO_SHOT_FILE, digests)["class_embeddings"]
-            if len(embeddings) != num_classes:
-                raise ValueError(f"{ZERO_SHOT_FILE} is of {len(embeddings):,} classes, and there are {num_classes:,}")
+            if embeddings.shape != (num_classes, embedding_width):
+                raise ValueError(
+                    f"{ZERO_SHOT_FILE} has {' x '.join(map(str, embeddings.shape))} numbers, and there are "
+                    f"{num_classes:,} classes in {embedding_width} dimensions"
+                )
         return LogitPostprocessor(adjustment, counts, embeddings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -28,6 +29,17 @@ class WeightsState:
     address: str
     problem: str | None = None
     fix: str = ""
+
+
+def check_pixel_scale(preprocess: Mapping[str, Any]) -> None:
+    """Raise ValueError where a description's `mean` or `std` isn't three numbers; deviations must be above 0."""
+    for key in ("mean", "std"):
+        values = preprocess[key]
+        is_three = isinstance(values, list | tuple) and len(values) == 3
+        if not (is_three and all(isinstance(value, int | float) and math.isfinite(value) for value in values)):
+            raise ValueError(f"{key} must be three numbers, got {values!r}")
+    if min(preprocess["std"]) <= 0:
+        raise ValueError(f"std must be above 0, got {preprocess['std']!r}")
 
 
 @dataclass(frozen=True)

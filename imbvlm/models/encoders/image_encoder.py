@@ -30,8 +30,8 @@ from imbvlm.models.encoders.token_pooling import pooling_matrix
 
 # What open_clip, timm and torch raise when weights and architecture don't go together.
 BUILD_ERRORS = (
-    RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError, EOFError,
-    SafetensorError, UnpicklingError,
+    RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, OSError,
+    ImportError, EOFError, SafetensorError, UnpicklingError,
 )  # fmt: skip
 
 # Limits of what compiling may change of an output, by compute dtype, as a share of the output's norm.
@@ -119,6 +119,7 @@ class ImageEncoder(ABC):
         weights = source.weights_file()
         described, token_pool = cls.describe(source, config, with_text=with_text)
         model = cls.build(source, weights, "cpu", with_text)
+        _check_finite(model, source)
         image_tower = cls.image_tower_of(model)
         _resize(image_tower, config.image_size, source.name)
         model.eval().requires_grad_(False)
@@ -149,9 +150,12 @@ class ImageEncoder(ABC):
             rules = visual_rules(image_tower, source.name)
             size = _square(image_tower.image_size, source.name)
             _check_size(model, size, source)
-            with torch.no_grad():
-                model.eval()
-                tokens, pooled, embedding = rules.outputs(image_tower, torch.empty(1, 3, size, size))
+            try:
+                with torch.no_grad():
+                    model.eval()
+                    tokens, pooled, embedding = rules.outputs(image_tower, torch.empty(1, 3, size, size))
+            except BUILD_ERRORS as error:
+                raise build_error(source, None, error) from None
             norm = rules.final_norm(image_tower)
         has_class_token, token_pool = rules.has_class_token(image_tower), None
         if config.token_pooling > 1:
@@ -351,10 +355,10 @@ def _preprocess(info: EncoderInfo, evaluation: EvalConfig) -> Preprocess:
 
 def _check_size(model: nn.Module, image_size: int, source: EncoderSource) -> None:
     """Reject a model on the meta device that is too large for its weights file, before it takes that much memory."""
-    if image_size > MAX_IMAGE_SIZE:
+    if not 0 < image_size <= MAX_IMAGE_SIZE:
         raise ImbvlmError(
-            f"the encoder {source.name} takes images of {image_size:,} px, and at most {MAX_IMAGE_SIZE:,} can be "
-            "used; set encoder.image_size."
+            f"the encoder {source.name} takes images of {image_size:,} px, and 1 to {MAX_IMAGE_SIZE:,} can be used; "
+            "set encoder.image_size."
         )
     num_bytes = source.weights_bytes()
     num_values = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))
@@ -363,6 +367,15 @@ def _check_size(model: nn.Module, image_size: int, source: EncoderSource) -> Non
         raise ImbvlmError(
             f"can't load the encoder {source.name}: its description asks for {num_values:,} numbers, and its weights "
             f"have {num_bytes:,} bytes; they don't belong together. Copy the folder again."
+        )
+
+
+def _check_finite(model: nn.Module, source: EncoderSource) -> None:
+    infinite = next((name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()), None)
+    if infinite is not None:
+        raise ImbvlmError(
+            f"the encoder {source.name} has numbers that aren't finite in {infinite}, so that its outputs would mean "
+            "nothing. Copy or fetch its weights again."
         )
 
 

@@ -17,7 +17,7 @@ from open_clip.transform import PreprocessCfg
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.input_sections import HF_HUB, LOCAL_DIR, TIMM, EncoderConfig
-from imbvlm.models.encoders.encoder_source import EncoderSource, read_origin
+from imbvlm.models.encoders.encoder_source import EncoderSource, check_pixel_scale, read_origin
 from imbvlm.models.encoders.hub_files import HubFile
 
 CONFIG_FILE = "open_clip_config.json"
@@ -50,7 +50,8 @@ def folder_source(config: EncoderConfig, folder: str, hub: HubFile | None = None
         )
     try:
         data = storage.read_json(str(path))
-        model_config, preprocess = data["model_cfg"], data.get("preprocess_cfg", {})
+        model_config, preprocess = data["model_cfg"], _with_defaults(data.get("preprocess_cfg", {}))
+        check_pixel_scale(preprocess)
         model_config["embed_dim"]
         sides = ("vision_cfg", "text_cfg", *(["multimodal_cfg"] if "multimodal_cfg" in model_config else []))
         num_layers = max(_num_layers(model_config[side]) for side in sides)
@@ -95,7 +96,7 @@ def folder_source(config: EncoderConfig, folder: str, hub: HubFile | None = None
     quick_gelu = bool(described) if described is not None else bool(stated)
     tokenizer = None if hub is None else _tokenizer(config, model_config)
     return EncoderSource(
-        config.name, "open_clip", LOCAL_DIR + folder, None, hub, model_config, _with_defaults(preprocess), quick_gelu,
+        config.name, "open_clip", LOCAL_DIR + folder, None, hub, model_config, preprocess, quick_gelu,
         tokenizer, read_origin(data),
     )  # fmt: skip
 

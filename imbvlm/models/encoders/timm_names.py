@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError, suggest_name
 from imbvlm.config.input_sections import TIMM, EncoderConfig
-from imbvlm.models.encoders.encoder_source import EncoderSource, read_origin
+from imbvlm.models.encoders.encoder_source import EncoderSource, check_pixel_scale, read_origin
 from imbvlm.models.encoders.hub_files import HubFile
 
 # timm's own names, so that its folders on the hub are read too.
@@ -130,7 +130,8 @@ def _input(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Size, mean, deviation, interpolation and resize mode of images; raises ValueError, LookupError or TypeError."""
     channels, height, width = pretrained_cfg["input_size"]
     mean, std = (tuple(map(float, pretrained_cfg[key])) for key in ("mean", "std"))
-    if channels != 3 or height != width or len(mean) != 3 or len(std) != 3:
+    check_pixel_scale({"mean": mean, "std": std})
+    if channels != 3 or height != width:
         raise ValueError("images must be squares of 3 channels")
     return {
         "image_size": int(width),
