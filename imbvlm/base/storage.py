@@ -280,7 +280,7 @@ def check_readable(uri: str, max_bytes: int | None = None) -> None:
     if max_bytes is not None and size > max_bytes:
         raise StorageError(
             f"can't read {uri}: it has {size_text(size)}, and at most {size_text(max_bytes)} are read; "
-            "is it the right file?"
+            "check that it is the right file"
         )
 
 

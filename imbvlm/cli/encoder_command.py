@@ -108,7 +108,7 @@ def compare_encoders(
         # Before torch looks for them. Ray's processes inherit it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device == "cuda" and default_device().type != "cuda":
-        raise ImbvlmError("--device is cuda, and torch finds no GPU here. `imbvlm doctor` says why; or take cpu.")
+        raise ImbvlmError("--device is cuda, and torch finds no GPU here. `imbvlm doctor` says why; or set it to cpu.")
     names, pixels = ([item.strip() for item in text.split(",") if item.strip()] for text in (encoders, sizes))
     storage.check_folder(features)
     whole = Manifest.read(manifest)

@@ -209,7 +209,8 @@ def plan_part(
     rows = manifest.split(part.split)
     if not len(rows) and not is_dry_run:
         raise ImbvlmError(
-            f"the manifest {config.data.manifest} has no {part.split} rows; it has {', '.join(manifest.splits)}."
+            f"the manifest {config.data.manifest} has no {part.split} rows; it has {', '.join(manifest.splits)}. Name "
+            "one of these."
         )
     key = StoreKey(
         weights=encoder.info.weights_fingerprint,

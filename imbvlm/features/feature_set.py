@@ -45,7 +45,10 @@ class FeatureSet:
     def store(self, split: str) -> StoredSplit:
         """The stored rows of an official split; raises StoreError where it was not extracted."""
         if split not in self.splits:
-            raise StoreError(f"the {split} split has no stored features; extracted: {', '.join(self.splits)}.")
+            raise StoreError(
+                f"the {split} split has no stored features; extracted: {', '.join(self.splits)}. Name one of these, or "
+                "extract it, too."
+            )
         return self._open(self.splits[split])
 
     def five_crops(self, split: str) -> StoredSplit:

@@ -147,7 +147,10 @@ def find_near_duplicates(
         read_rows.append(manifest.rows_of(split)[is_read])
     rows, values = np.concatenate(read_rows), torch.cat(parts)
     if len(rows) < 2:
-        raise ImbvlmError(f"near-duplicates need 2 images that can be read, got {len(rows)}.")
+        raise ImbvlmError(
+            f"near-duplicates need 2 images that can be read, got {len(rows)}. `imbvlm manifest check MANIFEST "
+            "--decode` says what is wrong with the others."
+        )
     report("near-duplicates: comparing images with mildly changed copies of their own")
     copies, splits = content_groups(manifest.table), split_codes(manifest.table.column("split"))
     sample = np.sort(seeded(seed).permutation(len(rows))[:SAMPLE_SIZE])

@@ -38,8 +38,8 @@ from imbvlm.training.checkpoint import read_tensors, write_tensors
 ZERO_SHOT_FILE = "zero_shot.safetensors"
 BATCH_SIZE = 64
 DECIDES_AMONG_ALL = (
-    "what to accept and sets are promised for all classes of a model, so that it can't be limited to some. Leave out "
-    "either the decisions or the limit."
+    "decisions and sets are promised for all classes of a model, and it is limited to some. Leave out either the "
+    "promises or the limit."
 )
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]
 _IMAGE_FORMS = "a path, a URI, the bytes of an encoded file, a Pillow image, or an H x W x 3 array of uint8"

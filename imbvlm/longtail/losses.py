@@ -230,7 +230,10 @@ class ConfiguredLoss:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Raises ImbvlmError for soft targets where the loss takes classes only."""
         if targets.ndim > 1 and not self.entry.takes_soft_targets:
-            raise ImbvlmError(f"loss {self.name} needs one class per image, got targets between classes.")
+            raise ImbvlmError(
+                f"loss {self.name} needs one class per image, got targets between classes. Choose a loss with "
+                "label_smoothing, or leave mixing and feature_augmentation out."
+            )
         if self._counts.device != logits.device:
             # Once: a copy to the device in each step would wait for it.
             self._counts = self._counts.to(logits.device)

@@ -482,7 +482,7 @@ def test_data_that_has_moved_is_said(tmp_path: Path) -> None:
     data = problem.data(config)
     for path in (tmp_path / "images").glob("*.png"):
         path.unlink()
-    with pytest.raises(ImbvlmError, match=r"no image of .* could be read. .* file not found. Has the data moved"):
+    with pytest.raises(ImbvlmError, match=r"no image of .* could be read. .* file not found. Move the images back"):
         next(build_trial(config, data).epochs())
 
 

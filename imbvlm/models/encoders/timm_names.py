@@ -54,7 +54,7 @@ def timm_source(config: EncoderConfig, name: str) -> EncoderSource:
         first, *others = [_input(asdict(get_pretrained_cfg(each))) for each in ([name] if tag else tags or [name])]
     except (ValueError, LookupError, TypeError) as error:
         raise ImbvlmError(
-            f"encoder.name is {config.name!r}, whose images are prepared otherwise than is known here "
+            f"encoder.name is {config.name!r}, and imbvlm can't prepare images as its training did "
             f"({type(error).__name__}: {error}); choose another encoder."
         ) from None
     if any(other != first for other in others):

@@ -188,7 +188,8 @@ class ImageSource:
         if not num_read and any(len(share) for share in shares):
             row, reason = next(iter(self.unreadable.items()))
             raise ImbvlmError(
-                f"no image of {source.manifest} could be read. The first (row {row}): {reason}. Has the data moved?"
+                f"no image of {source.manifest} could be read. The first (row {row}): {reason}. Move the images back, "
+                "or build the manifest again where they lie now."
             )
 
     def _note(self, batch: ImageBatch) -> None:
