@@ -448,6 +448,10 @@ def doc_text(item: Any) -> str:
 
 def modules_page() -> str:
     texts = []
+    tree = [
+        [f"[`{folder.replace('.', '/')}`](#imbvlm{folder.replace('.', '').lower()})", first_line(MODULES[folder])]
+        for folder in FOLDERS
+    ]
     for folder in FOLDERS:
         names = [name for name in MODULES if name.rpartition(".")[0] == folder and name not in FOLDERS]
         rows = [[f"`{name.rpartition('.')[2]}.py`", first_line(MODULES[name])] for name in sorted(names)]
@@ -457,6 +461,7 @@ def modules_page() -> str:
         "Modules",
         "The folders in the order of imports: a file imports only from its own folder and from folders above it, which "
         "a test checks.",
+        table(["folder of imbvlm/", "content"], tree),
         *texts,
     )
 
