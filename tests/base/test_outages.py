@@ -1,4 +1,4 @@
-"""A full disk, a bucket that is away or read-only, without a sweep around: what was good stays, the mend is said."""
+"""A full disk, a bucket that is away or read-only, without a sweep around: what was good stays, the fix is named."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_a_store_that_takes_requests_and_never_answers_ends_in_a_sentence(
 
 @needs_s3
 @pytest.mark.slow
-def test_a_bucket_that_turns_read_only_keeps_the_last_good_checkpoint_and_names_the_mend(
+def test_a_bucket_that_turns_read_only_keeps_the_last_good_checkpoint_and_names_a_fix(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, read_only = f"s3://{BUCKET}/policy", [False]

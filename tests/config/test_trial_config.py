@@ -1,4 +1,4 @@
-"""A trial's configuration: strict, all mistakes at once with line and mend, overrides that leave no remains."""
+"""A trial's configuration: strict, all mistakes at once with line and fix, overrides that leave no remains."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_copies_that_are_whole_need_no_room(tmp_path: Path) -> None:
     assert same(hold(copies_of(tmp_path, SIZE // 2), source), source)
 
 
-def test_what_could_never_be_held_is_refused_with_the_mend(tmp_path: Path) -> None:
+def test_what_could_never_be_held_is_refused_with_a_fix(tmp_path: Path) -> None:
     source = source_of(tmp_path, "a")
     with pytest.raises(
         ImbvlmError, match=r"0.1 MB, and the feature cache .* may take 50.0 kB of .*max_gigabytes higher"

@@ -120,7 +120,7 @@ def test_batch_norm_is_frozen_in_a_convolution_tower(problems: dict[str, TinyIma
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])
-def test_convolution_towers_are_refused_with_the_mend(problems: dict[str, TinyImages], method: str) -> None:
+def test_convolution_towers_are_refused_with_a_fix(problems: dict[str, TinyImages], method: str) -> None:
     with pytest.raises(ImbvlmError, match=r"is a convolution tower\. Choose method bias_tuning or fine_tuning"):
         trial(problems["resnet"], method)
 

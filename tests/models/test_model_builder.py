@@ -118,7 +118,7 @@ def test_zero_shot_is_scaled_cosine_similarity(data: TrialData) -> None:
     torch.testing.assert_close(logits, data.info.logit_scale * cosine)
 
 
-def test_zero_shot_without_text_features_is_refused_with_the_mend(data: TrialData) -> None:
+def test_zero_shot_without_text_features_is_refused_with_a_fix(data: TrialData) -> None:
     without = dataclasses.replace(data, class_embeddings=None)
     with pytest.raises(ImbvlmError, match="zero_shot needs the class names' text embeddings"):
         build_model(tiny_config("zero_shot"), without.model_inputs, CPU)

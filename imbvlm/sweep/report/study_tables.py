@@ -50,8 +50,8 @@ def fresh_gap(source: ReportData) -> Table:
         for refit in pair:
             means = (mean_std(refit.values(f"test/{metric}")) for metric in METRICS)
             rows.append([refit.name, refit.records[0].views, str(len(refit.records)), *means])
-        stored, fresh = ([refit.values(f"test/{metric}") for metric in METRICS] for refit in pair)
-        rows.append(["difference", "", "", *map(gain, fresh, stored)])
+        of_stored, of_fresh = ([refit.values(f"test/{metric}") for metric in METRICS] for refit in pair)
+        rows.append(["difference", "", "", *map(gain, of_fresh, of_stored)])
     caption = (
         "Percent, test split; the difference in points, fresh crops minus stored views, ± the standard deviation over "
         "the seeds of both."

@@ -1,4 +1,4 @@
-"""Tables as spreadsheets and other programs write them are read, or refused by a sentence that says the mend."""
+"""Tables as spreadsheets and other programs write them are read, or refused by a sentence that says the fix."""
 
 import os
 from collections.abc import Callable
@@ -50,9 +50,7 @@ def test_empty_cells_are_counted(read: Callable[..., Any]) -> None:
         ("path\tlabel\na.jpg\tcat\nb.jpg\tbête\n".encode("latin-1"), "line 3 is not in UTF-8.*save the file as UTF-8"),
     ],
 )
-def test_a_file_that_is_not_utf8_is_refused_with_the_mend(
-    read: Callable[..., Any], content: bytes, finding: str
-) -> None:
+def test_a_file_that_is_not_utf8_is_refused_with_a_fix(read: Callable[..., Any], content: bytes, finding: str) -> None:
     with pytest.raises(ManifestError, match=finding):
         read(content, "tsv")
 

@@ -392,7 +392,7 @@ def test_stated_quick_gelu_is_used_and_may_not_contradict_the_folder(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("config", "mend"),
+    ("config", "fix"),
     [
         ({"name": "ViT-B-16/openai", "quick_gelu": False}, "trained with QuickGELU; set it to true"),
         ({"name": "laion2b_vit_b16", "quick_gelu": True}, "trained without QuickGELU; set it to false"),
@@ -401,8 +401,8 @@ def test_stated_quick_gelu_is_used_and_may_not_contradict_the_folder(tmp_path: P
         ({"name": "roberta-ViT-B-32/laion2b_s12b_b32k"}, "encoder.quick_gelu: true"),
     ],
 )
-def test_quick_gelu_that_contradicts_a_tag_names_the_right_value(config: dict, mend: str) -> None:
-    with pytest.raises(ImbvlmError, match=mend):
+def test_quick_gelu_that_contradicts_a_tag_names_the_right_value(config: dict, fix: str) -> None:
+    with pytest.raises(ImbvlmError, match=fix):
         describe_encoder(EncoderConfig(**config))
 
 

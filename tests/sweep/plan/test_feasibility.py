@@ -1,4 +1,4 @@
-"""What could never run is refused with both numbers and the mend."""
+"""What could never run is refused with both numbers and the fix."""
 
 from __future__ import annotations
 

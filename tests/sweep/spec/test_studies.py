@@ -444,7 +444,7 @@ def test_lifts_recipe_for_each_data_set(
 
 
 @pytest.mark.usefixtures("own_machine")
-def test_lift_on_the_towers_of_the_package_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lift_on_the_towers_of_the_package_is_refused_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     lift = importlib.import_module("sweeps.lift")
     made = with_settings(lift.study(["ablation"], manifest="embedded:emoji_lt"), {"encoder.name": "tinylit_lite0"})
