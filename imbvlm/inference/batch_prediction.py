@@ -20,7 +20,7 @@ from imbvlm.inference.calibration_file import ModelCalibration, Prevalence, deci
 from imbvlm.inference.model_folder import load, model_folder, read_description, read_record
 from imbvlm.inference.possible_classes import possible_labels
 from imbvlm.inference.predictor import DECIDES_AMONG_ALL, Model, Prediction, crops_of_file
-from imbvlm.inference.taxonomy_file import ModelTaxonomy, learn_for
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, roll_up_notes
 
 # With fewer images the start of Ray Data's processes takes longer than it saves.
 MIN_RAY_IMAGES = 5_000
@@ -269,10 +269,10 @@ def check_options(folder: str, top: int, options: PredictionOptions = PLAIN) -> 
     if not isinstance(names, list) or not names:
         return top, ()
     if options.roll_up is not None:
-        learn_for(ModelTaxonomy.read(location, names), options.roll_up)
+        notes = roll_up_notes(ModelTaxonomy.read(location, names), options.roll_up)
     if options.decides:
         if options.only:
             raise ImbvlmError(DECIDES_AMONG_ALL)
         calibration = ModelCalibration.read(location, names)
-        notes = decide_for(calibration, options.accept, options.sets, options.prevalence).notes
-    return min(top, len(possible_labels(options.only or names, names))), notes
+        notes += decide_for(calibration, options.accept, options.sets, options.prevalence).notes
+    return min(top, len(possible_labels(options.only or names, names))), tuple(dict.fromkeys(notes))

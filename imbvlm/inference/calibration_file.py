@@ -99,13 +99,7 @@ class ModelCalibration:
     def basis(self) -> str:
         """A sentence on what the promises rest on."""
         assert not isinstance(self.rows, str), "there are scores"
-        images = pluralize(len(self.rows), "validation image")
-        if self.is_exported:
-            return f"promises are for images that come as {images}, which the exported weights have scored"
-        return (
-            f"promises are estimates: {images} were scored by models of the search, which trained on fewer images than "
-            "the exported weights"
-        )
+        return describe_basis(len(self.rows), self.is_exported)
 
     def _notes(self, sample: ScoredRows, shares: Floats | None) -> list[str]:
         if shares is None:
@@ -169,6 +163,17 @@ class ModelCalibration:
             if stats.num_classes != len(class_names) or len({len(rows.labels), len(rows.confidence)}) > 1:
                 raise ValueError(f"its scores are of {stats.num_classes} classes, not {len(class_names)}")
         return ModelCalibration(tuple(class_names), rows, is_exported)
+
+
+def describe_basis(num_rows: int, is_exported: bool) -> str:
+    """A sentence on the rows that promises rest on: scored by the exported weights, or by models of the search."""
+    images = pluralize(num_rows, "validation image")
+    if is_exported:
+        return f"promises are for images that come as {images}, which the exported weights have scored"
+    return (
+        f"promises are estimates: {images} were scored by models of the search, which trained on fewer images than the "
+        "exported weights"
+    )
 
 
 def _describe_acceptance(acceptance: Acceptance) -> str:

@@ -13,6 +13,7 @@ import torch
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.json_file import read_json
+from imbvlm.inference.calibration_file import describe_basis
 from imbvlm.inference.model_parts import EXPORT_AGAIN
 from imbvlm.longtail.roll_up import Floats, RankScores, RollUp, best_taxa, learn_roll_up
 from imbvlm.longtail.taxonomy import Taxonomy
@@ -33,11 +34,15 @@ class RolledUp:
 
 @dataclass(frozen=True)
 class ModelTaxonomy:
-    """The tree over a model's classes, and scores of rows that it has not trained on, or the reason for none."""
+    """The tree over a model's classes, and scores of rows that it has not trained on, or the reason for none.
+
+    `is_exported` says that the exported weights have scored them, not models of folds.
+    """
 
     taxonomy: Taxonomy
     class_names: tuple[str, ...]
     scores: RankScores | str
+    is_exported: bool = False
 
     def rolled_up(self, roll_up: RollUp, probabilities: Floats) -> list[RolledUp | None]:
         """The named taxon of each row of probabilities (B, C); None where no rank is sure enough."""
@@ -57,7 +62,10 @@ class ModelTaxonomy:
         digests, reason = dict[str, str](), self.scores if isinstance(self.scores, str) else None
         if isinstance(self.scores, RankScores):
             write_rank_scores(folder, self.scores, digests)
-        content = {"format": FORMAT, **self.taxonomy.to_dict(), "no_scores": reason, "digests": digests}
+        content = {
+            "format": FORMAT, **self.taxonomy.to_dict(), "no_scores": reason, "is_exported": self.is_exported,
+            "digests": digests,
+        }  # fmt: skip
         text = json.dumps(content, ensure_ascii=False)
         storage.write_bytes(storage.join(folder, TAXONOMY_FILE), text.encode())
 
@@ -65,15 +73,23 @@ class ModelTaxonomy:
     def read(folder: str, class_names: Sequence[str]) -> ModelTaxonomy | None:
         """The tree in a model's folder, None without one; raises ImbvlmError for damaged files."""
 
-        def parse(content: Any) -> tuple[Taxonomy, str | None, dict[str, str]]:
-            return Taxonomy.from_dict(content, len(class_names)), content["no_scores"], dict(content["digests"])
+        def parse(content: Any) -> tuple[Taxonomy, str | None, bool, dict[str, str]]:
+            taxonomy, is_exported = Taxonomy.from_dict(content, len(class_names)), bool(content.get("is_exported"))
+            return taxonomy, content["no_scores"], is_exported, dict(content["digests"])
 
         read = read_json(storage.join(folder, TAXONOMY_FILE), parse, EXPORT_AGAIN)
         if read is None:
             return None
-        taxonomy, reason, digests = read
+        taxonomy, reason, is_exported, digests = read
         scores = read_rank_scores(folder, len(taxonomy.ranks), digests) if reason is None else str(reason)
-        return ModelTaxonomy(taxonomy, tuple(class_names), scores)
+        return ModelTaxonomy(taxonomy, tuple(class_names), scores, is_exported)
+
+
+def roll_up_notes(tree: ModelTaxonomy | None, precision: float) -> tuple[str, ...]:
+    """Sentences on what a roll-up promises; raises ImbvlmError as `learn_for` does."""
+    learn_for(tree, precision)
+    assert tree is not None, "it was learned for"
+    return (describe_basis(len(tree.scores), tree.is_exported),)
 
 
 def learn_for(tree: ModelTaxonomy | None, precision: float) -> RollUp:

@@ -148,6 +148,11 @@ def rows_needed(share: float) -> int:
     return math.ceil(math.log1p(-CONFIDENCE) / math.log(share))
 
 
+def is_broken(num_right: int, num_rows: int, share: float) -> bool:
+    """Whether rows show at CONFIDENCE that less than a `share` of all are right."""
+    return num_rows > 0 and is_shown(num_rows - num_right, num_rows, 1 - share)
+
+
 def is_shown(num_right: int, num_rows: int, share: float) -> bool:
     """Whether rows show at CONFIDENCE that at least a `share` of all are right: P(Bin(n, share) >= k) <= 0.05.
 

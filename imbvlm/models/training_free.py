@@ -247,7 +247,7 @@ def restore_prototype_cache(
 
 
 def centered_prototypes(prototypes: Tensor, shares: Tensor, taxonomy: Taxonomy | None) -> Tensor:
-    """Prototypes (K, C, D) of length 1, each class moved so that its mean is `centered_by_parent`.
+    """Prototypes (K, C, D) of length 1, moved so that each class's mean has the direction of `centered_by_parent`.
 
     Those of a class move together, and their mean keeps its length until they are normalized. `shares` (K, C) as of
     PrototypeCache. Raises ImbvlmError without a taxonomy.

@@ -17,8 +17,8 @@ from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
-from imbvlm.sweep.export.trial_export import MODEL_FOLDER, Say, TrialExport, check_trained_on, write_best, write_scores
-from imbvlm.sweep.records.delivered_model import DeliveredMember
+from imbvlm.sweep.export.trial_export import MODEL_FOLDER, Say, TrialExport, check_trained_on, write_best
+from imbvlm.sweep.records.delivered_model import DeliveredMember, write_decision_scores
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.provenance import check_encoder_weights
 from imbvlm.sweep.records.trial_log import DELIVERED, TrialLog, TrialRecord, describe_trial, refit_folder
@@ -88,7 +88,7 @@ class DeliveredExport:
         terms = encoder_terms((member.config.encoder.name for member in trained), manifest.name)
         write_blend(folder, trained, manifest.class_names, self._scores(terms.notes), manifest.label_map)
         exported = [self._refits(member)[: len(own.refits)] for member, own in zip(self.members, trained, strict=True)]
-        write_scores(folder, manifest, self.folder, self.log, self.spec, self.members, exported)
+        write_decision_scores(folder, self.folder, self.log, self.spec, self.members, manifest, exported)
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
         card = CardContext(
             spec=self.spec,

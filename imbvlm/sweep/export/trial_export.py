@@ -25,7 +25,6 @@ from imbvlm.inference.model_folder import load, write_model
 from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
-from imbvlm.inference.taxonomy_file import ModelTaxonomy
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.classifier_init import centered_by_parent
@@ -36,7 +35,7 @@ from imbvlm.models.encoders.text_prompts import class_embeddings, class_sentence
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
 from imbvlm.sweep.records.adjustment_selection import read_adjustment, select_adjustments
-from imbvlm.sweep.records.delivered_model import DeliveredMember, calibrate, validation_rank_scores
+from imbvlm.sweep.records.delivered_model import DeliveredMember, write_decision_scores
 from imbvlm.sweep.records.provenance import check_class_texts, check_encoder_weights, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord, last_values, refit_folder
@@ -67,25 +66,6 @@ def write_best(folder: str, record: TrialRecord, manifest: str) -> str:
     uri = storage.join(folder, BEST_FILE)
     storage.write_bytes(uri, dump_yaml(best_config(record, manifest).to_tree()).encode())
     return uri
-
-
-def write_scores(
-    folder: str,
-    manifest: Manifest,
-    sweep_folder: str,
-    log: TrialLog,
-    spec: SweepSpec,
-    members: Sequence[DeliveredMember],
-    exported: Sequence[Sequence[TrialRecord]],
-) -> None:
-    """Write what a model decides by into its folder, and the tree of its manifest, if it has one.
-
-    `exported` has the refits of each member whose mean logits it is exported as.
-    """
-    calibrate(sweep_folder, log, spec, members, manifest.class_names, exported).write(folder)
-    if manifest.taxonomy is not None:
-        scores = validation_rank_scores(sweep_folder, log, spec, members, manifest.taxonomy)
-        ModelTaxonomy(manifest.taxonomy, manifest.class_names, scores).write(folder)
 
 
 @dataclass(frozen=True)
@@ -134,7 +114,7 @@ class TrialExport:
             )
         refit = Refit(self.refit_name or self.record.trial_id, self.record, config, (self.spec.refit_seeds[0],))
         member = DeliveredMember(refit, None if post_hoc is None else post_hoc.adjustment)
-        write_scores(folder, manifest, self.folder, self.log, self.spec, [member], [self.refits[:1]])
+        write_decision_scores(folder, self.folder, self.log, self.spec, [member], manifest, [self.refits[:1]])
         difference = write_onnx(load(folder, "cpu"), folder) if onnx else None
         card = CardContext(
             spec=self.spec,

@@ -19,9 +19,10 @@ from torch import Tensor
 from imbvlm.base import storage
 from imbvlm.config.encoder_info import EncoderInfo
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.data.manifest import Manifest
 from imbvlm.inference.blend_merging import is_affine
 from imbvlm.inference.calibration_file import ModelCalibration
-from imbvlm.inference.taxonomy_file import write_rank_scores
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, write_rank_scores
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.decisions.scored_rows import ScoredRows
 from imbvlm.longtail.logits import at_least_float32
@@ -162,31 +163,33 @@ def validation_logits(
     return ScoredValidation(total, first.saved, first.seen)
 
 
-def validation_rank_scores(
-    folder: str, log: TrialLog, spec: SweepSpec, members: Sequence[DeliveredMember], taxonomy: Taxonomy
-) -> RankScores | str:
-    """Scores by rank of `validation_logits`, or the reason for none."""
-    scored = validation_logits(folder, log, spec, members)
-    return scored if isinstance(scored, str) else RankScores.from_logits(taxonomy, scored.logits, scored.labels)
-
-
-def calibrate(
+def write_decision_scores(
+    out: str,
     folder: str,
     log: TrialLog,
     spec: SweepSpec,
     members: Sequence[DeliveredMember],
-    class_names: tuple[str, ...],
+    manifest: Manifest,
     exported: Sequence[Sequence[TrialRecord]],
-) -> ModelCalibration:
-    """The scores by which a model decides: of official validation rows by its refits, else those of the search.
+) -> None:
+    """Write what a model decides and rolls up by into the folder `out`, and the tree of its manifest, if it has one.
 
-    `exported` has the refits of each member whose mean logits it is exported as.
+    The scores are those of official validation rows by its refits, else those of the search. `exported` has the refits
+    of each member whose mean logits it is exported as.
     """
     scored = _exported_logits(folder, log, members, exported) or validation_logits(folder, log, spec, members)
+    names, tree, is_exported = manifest.class_names, manifest.taxonomy, False
+    by_class: ScoredRows | str
+    by_rank: RankScores | str | None
     if isinstance(scored, str):
-        return ModelCalibration(class_names, scored)
-    rows = ScoredRows.from_logits(scored.logits, scored.labels, scored.saved.stats[0])
-    return ModelCalibration(class_names, rows, scored.is_exported)
+        by_class = by_rank = scored
+    else:
+        is_exported = scored.is_exported
+        by_class = ScoredRows.from_logits(scored.logits, scored.labels, scored.saved.stats[0])
+        by_rank = None if tree is None else RankScores.from_logits(tree, scored.logits, scored.labels)
+    ModelCalibration(names, by_class, is_exported).write(out)
+    if tree is not None and by_rank is not None:
+        ModelTaxonomy(tree, names, by_rank, is_exported).write(out)
 
 
 def _exported_logits(

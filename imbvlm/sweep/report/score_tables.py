@@ -17,8 +17,7 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.inference.taxonomy_file import RANK_SCORES_FILE, ModelTaxonomy, learn_for, read_rank_scores
 from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.metrics import per_class_accuracy
-from imbvlm.longtail.roll_up import RankScores
-from imbvlm.sweep.records.delivered_model import delivered_members, validation_rank_scores
+from imbvlm.longtail.roll_up import RankScores, is_broken
 from imbvlm.sweep.records.difference import ALL_SPLITS, splits_of, title_in
 from imbvlm.sweep.records.resource_usage import throughput_key
 from imbvlm.sweep.records.summary_tables import (
@@ -38,6 +37,11 @@ from imbvlm.training.test_predictions import POST_HOC
 
 # Precisions whose roll-up is shown.
 PRECISIONS = (0.95, 0.9)
+# Begins the sentence on promises that test images break.
+BROKEN = (
+    "Test images break a promise, since they don't come as those of validation (other cameras, artists or shares of "
+    "classes):"
+)
 NUM_BEST = 12
 NUM_CLASSES = 8
 NUM_PAIRS = 12
@@ -78,30 +82,37 @@ def rank_errors(source: ReportData) -> Table | None:
 
 def roll_up(source: ReportData, manifest: Manifest | str) -> Table | None:
     """Shares of images that the delivered model names at each rank, by precision; None without a taxonomy."""
-    taxonomy = None if isinstance(manifest, str) else manifest.taxonomy
-    if taxonomy is None or source.delivered is None:
+    if isinstance(manifest, str) or source.delivered is None:
         return None
-    members = delivered_members(source.folder, source.log, source.spec, source.selection)
-    scores = validation_rank_scores(source.folder, source.log, source.spec, members, taxonomy)
-    on_test = _rank_scores_on_test(source, len(taxonomy.ranks))
-    splits = {"validation images": scores, "test images": on_test}
+    tree = ModelTaxonomy.read(source.folder, manifest.class_names)
+    if tree is None:
+        return None
+    splits = {"validation images": tree.scores, "test images": _rank_scores_on_test(source, len(tree.taxonomy.ranks))}
     shown = {name: split for name, split in splits.items() if isinstance(split, RankScores) and len(split)}
-    rows = []
+    rows, broken = [], []
     for precision in PRECISIONS:
         try:
-            thresholds = learn_for(ModelTaxonomy(taxonomy, (), scores), precision)
+            thresholds = learn_for(tree, precision)
         except ImbvlmError as error:
             rows.append([percent(precision), str(error).partition(". ")[0], *["-"] * (2 * len(shown))])
             continue
-        columns = [_shares(*thresholds.counts(split), len(split)) for split in shown.values()]
-        for number, rank in enumerate((*taxonomy.ranks[::-1], "none")):
+        counts = [thresholds.counts(split) for split in shown.values()]
+        columns = [_shares(*own, len(split)) for own, split in zip(counts, shown.values(), strict=True)]
+        broken += [
+            f"{percent(right / named)} % of the names of {rank} for {percent(precision)} %"
+            for rank, named, right in zip(tree.taxonomy.ranks, *counts[-1], strict=True)
+            if "test images" in shown and is_broken(right, named, precision)
+        ]
+        for number, rank in enumerate((*tree.taxonomy.ranks[::-1], "none")):
             rows.append([percent(precision), rank, *(cell for column in columns for cell in column[number])])
     caption = (
         "Percent. An image is named at the lowest rank whose most probable taxon passes the rank's threshold. At "
         "least so large a share of the names of each rank is right, at 95 % confidence, for images that come as those "
-        "of validation. The models that scored these have not trained on them, and test images chose nothing. "
+        "of validation. No image was scored by a model that trained on it, and test images chose nothing. "
         "`imbvlm predict --roll-up` names images this way."
     )
+    if broken:
+        caption += f" {BROKEN} {', '.join(broken)}."
     header = ["precision", "rank", *(cell for name in shown for cell in (name, "right"))]
     return Table("roll_up", "Roll-up", header, rows, 2, caption)
 

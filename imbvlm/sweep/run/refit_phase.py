@@ -15,11 +15,11 @@ from imbvlm.features.feature_set import FeatureSet
 from imbvlm.sweep.records.adjustment_selection import select_adjustments, write_post_hoc
 from imbvlm.sweep.records.delivered_model import (
     DeliveredMember,
-    calibrate,
     delivered_members,
     delivered_names,
     exported_refits,
     score_delivered,
+    write_decision_scores,
 )
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.refit_selection import SUPERSEDED, mark_superseded, refits
@@ -94,7 +94,7 @@ def _calibrate(run: SweepRun, members: Sequence[DeliveredMember]) -> None:
     names, info_of = run.manifest.class_names, partial(_info_of, run)
     runs = [refits_of(run.log, member.refit.name) for member in members]
     exported = [exported_refits(run.folder, records, info_of, len(names)) for records in runs]
-    calibrate(run.folder, run.log, run.spec, members, names, exported).write(run.folder)
+    write_decision_scores(run.folder, run.folder, run.log, run.spec, members, run.manifest, exported)
 
 
 def _info_of(run: SweepRun, config: TrialConfig) -> EncoderInfo:

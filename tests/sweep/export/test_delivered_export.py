@@ -36,11 +36,11 @@ from imbvlm.sweep.records.adjustment_selection import (
     write_post_hoc,
 )
 from imbvlm.sweep.records.delivered_model import (
-    calibrate,
     delivered_members,
     delivered_names,
     exported_refits,
     score_delivered,
+    write_decision_scores,
 )
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.provenance import provenance, write_provenance
@@ -132,12 +132,11 @@ class MadeSweep:
         reason = score_delivered(self.folder, self.log, delivered, lambda config: self.problem.features(config).info)
         assert reason is None
         runs = [refits_of(self.log, member.refit.name) for member in delivered]
-        names = Manifest.read(self.problem.manifest).class_names
+        manifest = Manifest.read(self.problem.manifest)
         exported = [
-            exported_refits(self.folder, own, lambda config: self.problem.features(config).info, len(names))
-            for own in runs
+            exported_refits(self.folder, own, lambda config: self.problem.features(config).info, 5) for own in runs
         ]
-        calibrate(self.folder, self.log, self.spec, delivered, names, exported).write(self.folder)
+        write_decision_scores(self.folder, self.folder, self.log, self.spec, delivered, manifest, exported)
         return selection
 
     def record(self, name: str) -> TrialRecord:
@@ -257,21 +256,21 @@ def test_errors_by_rank_are_of_the_model_as_exported(blended: MadeSweep) -> None
                for own in scores.values())  # fmt: skip
 
 
-def test_a_roll_up_of_the_export_is_learned_on_validation(blended: MadeSweep, tmp_path: Path) -> None:
-    """By the models of the search; 15 images are too few for 0.95, and enough for a precision of 0.6."""
+def test_a_roll_up_is_learned_on_the_exports_own_scores_of_official_validation_images(
+    blended: MadeSweep, tmp_path: Path
+) -> None:
+    """They are the probabilities that a user gets for these images; 15 of them are too few for 0.95."""
     export_sweep(blended.folder, str(tmp_path / "out"))
-    tree = ModelTaxonomy.read(str(tmp_path / "out" / "model"), tuple(f"class {label}" for label in range(5)))
+    model, val = imbvlm.load(tmp_path / "out", "cpu"), Manifest.read(blended.problem.manifest).split("val")
+    tree = ModelTaxonomy.read(str(tmp_path / "out" / "model"), model.class_names)
     assert tree is not None
+    assert tree.is_exported
     assert isinstance(tree.scores, RankScores)
-    total = torch.zeros(15, 5, dtype=torch.float64)
-    runs, weights = {}, {"t00002": 0.5, "t00001": 0.3, "b00002": 0.2}
-    for trial_id, weight in weights.items():
-        rows = read_validation(blended.folder, blended.log.records[trial_id], blended.log, runs)
-        assert rows is not None
-        # The blend's temperatures stand in for the members' own.
-        total += weight / (1.5 * 0.8) * select_adjustment(rows, blended.spec)[1]
-    expected = RankScores.from_logits(TREE, total, rows.targets)
-    np.testing.assert_allclose(tree.scores.probabilities, expected.probabilities, atol=1e-3)
+    probabilities = np.zeros((len(val.labels), 5))
+    for row, own in enumerate(model.predict([image.as_py() for image in val.table["bytes"]])):
+        probabilities[row, list(own.labels)] = own.probabilities
+    expected = RankScores.from_logits(TREE, torch.from_numpy(probabilities).log(), torch.from_numpy(val.labels))
+    np.testing.assert_allclose(tree.scores.probabilities, expected.probabilities, atol=2e-3)
     assert (tree.scores.is_right == expected.is_right).mean() > 0.9
     (table,) = [table for table in build(ReportData.read(blended.folder)).all_tables if table.name == "roll_up"]
     assert table.header == ["precision", "rank", "validation images", "right", "test images", "right"]
