@@ -13,6 +13,10 @@ import pytest
 import torch
 from golden.commands import imbvlm
 
+from imbvlm.base.errors import ConfigError
+from imbvlm.sweep.records.earlier_sweeps import update_spec
+from imbvlm.sweep.spec.spec_checks import check_spec
+
 SAMPLE = Path(__file__).parent / "compat" / "v0.1.tar.xz"
 
 
@@ -97,6 +101,14 @@ def test_a_sweep_with_views_of_few_shot_classes_is_shown_and_not_resumed(sample:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert ended.returncode == 1
     assert "features.tail_views is no longer an option" in ended.stderr
+
+
+def test_a_sweeps_model_can_be_trained_again_on_other_data(sample: Path) -> None:
+    sweep = check_spec(update_spec("runs/limited", "manifest.parquet"))
+    assert sweep.num_trials == 1, "0.1 delivered its best trial"
+    assert (sweep.spec.select_by, sweep.spec.num_folds) == ("objective", 1), "by the rules of 0.1"
+    with pytest.raises(ConfigError, match=r"features\.tail_views is no longer an option"):
+        check_spec(update_spec("runs/tail-views", "manifest.parquet"))
 
 
 @pytest.mark.ray

@@ -32,6 +32,7 @@ from imbvlm.cli.sweep_command import (
     sweep_resume,
     sweep_run,
     sweep_show,
+    sweep_update,
     with_sweep_action,
 )
 
@@ -324,6 +325,10 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
         examples("imbvlm sweep run my-sweep.yaml --dry-run", "imbvlm sweep my-sweep.yaml --smoke"),
     ),
     "sweep resume": (with_plugins(sweep_resume), examples("imbvlm sweep resume runs/inat-20261124-120000")),
+    "sweep update": (
+        with_plugins(sweep_update),
+        examples("imbvlm sweep update runs/quickstart-20261124-120000 --manifest more.parquet"),
+    ),
     "sweep list": (with_plugins(sweep_list), examples("imbvlm sweep list runs --json")),
     "sweep show": (with_plugins(sweep_show), examples("imbvlm sweep show runs/inat-20261124-120000")),
     "plan": (plan, examples("imbvlm plan my-sweep.yaml --price 2.5 --json")),

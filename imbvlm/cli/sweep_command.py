@@ -17,7 +17,7 @@ from imbvlm.cli.options import MovedManifest, SpecOptions, SweepFolder, SweepOpt
 if TYPE_CHECKING:
     from imbvlm.sweep.spec.sweep_spec import SweepSpec
 
-SWEEP_ACTIONS = ("run", "resume", "list", "show")
+SWEEP_ACTIONS = ("run", "resume", "update", "list", "show")
 SpecFile = Annotated[
     str, typer.Argument(metavar="FILE", help="a sweep's specification as YAML, such as an earlier sweep's sweep.yaml")
 ]
@@ -79,6 +79,28 @@ def sweep_resume(
     from imbvlm.cli.sweep_script import resume_command
 
     return resume_command(sweep, settings or (), add_trials, manifest)
+
+
+def sweep_update(
+    sweep: SweepFolder,
+    manifest: Annotated[str, typer.Option(metavar="MANIFEST", help="the grown data: path or s3:// URI")],
+    num_search: Annotated[
+        int, typer.Option("--search", metavar="N", min=0, help="trials to add, which start from the old sweep's")
+    ] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a key of the sweep or its trials to change; repeatable"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan; start and write nothing")] = False,
+) -> int:
+    """Train a sweep's model again on grown data.
+
+    The old sweep stays as it is, and the new one stands next to it. At its end both models are compared on the same
+    test images.
+    """
+    from imbvlm.cli.sweep_script import update_command
+
+    return update_command(sweep, manifest, num_search, settings or (), dry_run=dry_run)
 
 
 def sweep_list(

@@ -30,6 +30,7 @@ from imbvlm.sweep.records.summary_tables import (
 from imbvlm.sweep.records.sweep_folder import SweepState, Unreadable
 from imbvlm.sweep.records.trial_log import DELIVERED, WINNER, TrialLog, TrialRecord, describe_trial, name_rank
 from imbvlm.sweep.records.winner_selection import describe_selection, read_selection
+from imbvlm.sweep.report.update_comparison import UpdateComparison
 from imbvlm.training.test_predictions import TEST
 
 
@@ -71,6 +72,8 @@ def show_text(state: SweepState) -> str:
         on_test = delivered_verdict(log, spec.objective)
         parts += ["", scores_table(state.scored, width), *([] if on_test is None else [str(on_test)])]
         parts += ranks_lines(state.scored, width)
+    update = UpdateComparison.read(state.folder)
+    parts += [] if update is None else ["", update.describe(width)]
     parts += note_lines(log, spec)
     time_and_savings = compute_text(ResourceUsage.read(state.folder, spec, log))
     return "\n".join([*parts, *(["", time_and_savings] if time_and_savings else [])])

@@ -23,6 +23,7 @@ from imbvlm.base.schema import flatten
 from imbvlm.base.yaml_file import parse_scalar, parse_yaml
 from imbvlm.cli.options import LATEST, OptionsT, SpecOptions, SweepOptions, add_command, make_app, run_program, takes
 from imbvlm.cli.sweep_listing import show_text
+from imbvlm.sweep.records.earlier_sweeps import update_spec
 from imbvlm.sweep.records.resource_usage import PLAN_FILE
 from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
 from imbvlm.sweep.records.trial_log import SPEC_FILE
@@ -158,6 +159,15 @@ def resume_command(
     options = SweepOptions(
         resume=folder, storage=parent, settings=[*settings], add_trials=add_trials, manifest=manifest
     )
+    return run_command(spec, options)
+
+
+def update_command(folder: str, manifest: str, num_search: int, settings: Sequence[str], *, dry_run: bool) -> int:
+    """Train a sweep's delivered model again on another manifest, as a new sweep next to it; raises ImbvlmError."""
+    parent = storage.absolute(folder).rpartition("/")[0]
+    options = SweepOptions(storage=parent, settings=[*settings], dry_run=dry_run)
+    spec = update_spec(folder, manifest, num_search)
+    print(f"update: the model that {folder} delivered is trained again on {manifest}", flush=True)
     return run_command(spec, options)
 
 

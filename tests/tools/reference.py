@@ -356,6 +356,7 @@ FILES: dict[str, str] = {
     "tables/": "a study's tables as CSV and LaTeX",
     "post_hoc.json": "what is adjusted after training, and by how much, for winner and baselines",
     "gap.json": "how much worse the delivered heads are on unseen groups, where the manifest has groups",
+    "update.json": "how the delivered model compares with that of the sweep that it updates, also class by class",
     "suspect_labels.csv": "images whose labels look wrong, the most suspicious first",
     "calibration.json": "what the delivered model decides by, or why it can promise nothing",
     "calibration.safetensors": "the scores of validation images that its decisions are learned from",

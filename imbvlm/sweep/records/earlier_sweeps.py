@@ -1,4 +1,4 @@
-"""Trials of earlier sweeps: those that warm-start a sampler, and those that a fork keeps."""
+"""Trials of earlier sweeps: those that warm-start a sampler, that a fork keeps, and that an update trains again."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from imbvlm.base import storage
-from imbvlm.base.errors import ConfigError
-from imbvlm.config.trial_config import TrialConfig
+from imbvlm.base.errors import ConfigError, ImbvlmError
+from imbvlm.base.schema import Tree
+from imbvlm.config.method_registry import METHODS, optional_sections
+from imbvlm.config.trial_config import TrialConfig, apply_overrides
 from imbvlm.data.manifest import absolute_manifest
 from imbvlm.sweep.records.adjustment_selection import logits_file
-from imbvlm.sweep.records.sweep_folder import read_spec
+from imbvlm.sweep.records.sweep_folder import SweepState, read_spec
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
-from imbvlm.sweep.spec.baselines import baselines
+from imbvlm.sweep.spec.baselines import baselines, feature_key
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
-from imbvlm.sweep.spec.search_space import MISSING, Params, get_dotted, is_active
-from imbvlm.sweep.spec.sweep_spec import ResolvedSweep
+from imbvlm.sweep.spec.sampler_registry import SAMPLERS
+from imbvlm.sweep.spec.search_space import MISSING, ListedSpace, Params, get_dotted, is_active
+from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 
 
 @dataclass(frozen=True)
@@ -149,3 +152,53 @@ def _difference(record: TrialRecord, sweep: ResolvedSweep) -> str:
 def _key(config: TrialConfig) -> str:
     """A key that equal configurations share, without the data's path: digests tell whether the data has changed."""
     return config.with_overrides({"data.manifest": "any"}).key()
+
+
+def update_spec(folder: str, manifest: str, num_search: int = 0) -> SweepSpec:
+    """The specification of a sweep that trains a finished sweep's delivered model again on another manifest.
+
+    It keeps that sweep's rules and lists its `delivered_trials`. With `num_search` these come first in a search of so
+    many more, which starts from the earlier trials. Raises ImbvlmError.
+    """
+    state = SweepState.read(folder)
+    spec, space = state.spec, state.spec.read_space()
+    if not state.is_finished:
+        raise ImbvlmError(f"only a finished sweep has a model to update. Finish it with: imbvlm sweep resume {folder}")
+    if spec.study:
+        raise ImbvlmError(f"{folder} is a study, which delivers tables and no model. Run it again with --manifest.")
+    if num_search and isinstance(space, ListedSpace):
+        searched = "" if spec.update_of is None else f", or name the sweep that searched: {spec.update_of}"
+        raise ImbvlmError(f"{folder} lists its configurations and has no space to search. Omit --search{searched}.")
+    trials = delivered_trials(state.log, spec)
+    changes: Tree = {"update_of": storage.absolute(folder), "max_trials": None, "smoke": {}}
+    base = apply_overrides(spec.base, {"data.manifest": manifest})
+    if num_search:
+        changes["first_trials"] = [trial.draw for trial in trials]
+        changes["num_trials"] = len(trials) + num_search
+        # A sampler at random learns nothing from earlier trials.
+        changes["warm_start"] = [] if SAMPLERS[spec.searcher.name].independent else [storage.absolute(folder)]
+    else:
+        changes["space"] = {"configurations": {trial.trial_id: trial.draw for trial in trials}}
+        changes |= {"num_trials": None, "first_trials": [], "warm_start": [], "stratify": []}
+        # Early stopping would take a member of the delivered model away.
+        changes["trial_scheduler"] = {"name": "none"}
+        read = frozenset[str]().union(*(METHODS[str(trial.config["method"])].sections for trial in trials))
+        base = {key: value for key, value in base.items() if key in read or key not in optional_sections()}
+    return SweepSpec.from_tree({**spec.to_tree(), **changes, "base": base})
+
+
+def delivered_trials(log: TrialLog, spec: SweepSpec) -> list[TrialRecord]:
+    """The delivered model's trials of the search, and for its baselines the best trials that read the same features.
+
+    Every sweep runs the baselines of its encoders itself.
+    """
+    winner = log.winner(spec.objective)
+    assert winner is not None, "a finished sweep has a winner"
+    members = () if log.selected is None else log.selected.members
+    delivered = [log.records[member] for member in members] or [winner]
+    trials, ranked = [record for record in delivered if record.kind == "search"], log.best(spec.objective)
+    for record in delivered:
+        key = feature_key(record.trial_config())
+        if key not in {feature_key(trial.trial_config()) for trial in trials}:
+            trials += [trial for trial in ranked if feature_key(trial.trial_config()) == key][:1]
+    return trials or ranked[:1]

@@ -123,6 +123,12 @@ def data_changes(folder: str, manifest: Manifest) -> list[str]:
     return [] if before is None else _data_changes(before, _of_data(manifest))
 
 
+def has_rows_of(folder: str, manifest: Manifest) -> bool:
+    """Whether a manifest still has the rows, labels, splits and groups that a sweep began with. Raises ImbvlmError."""
+    before = _written(folder)
+    return before is not None and before["data"] == _data_digest(manifest)
+
+
 def check_encoder_weights(folder: str, encoder: EncoderConfig, info: EncoderInfo, *, keep: bool = True) -> None:
     """Raise ConfigError if an encoder's weights have changed since the sweep first used it; `keep` records a new one.
 

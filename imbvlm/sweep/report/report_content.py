@@ -91,7 +91,7 @@ def build(source: ReportData) -> ReportContent:
     configs = dict.fromkeys(part.trial_config().encoder for part in delivered)
     pairs = score_tables.worst_pairs(source)
     images, problems = _images(pairs, manifest)
-    sheet = review_sheet(source, manifest)
+    sheet, update = review_sheet(source, manifest), source.update
     orders, notes = score_tables.class_orders(source), encoder_notes(source.log, source.spec)
     # A study samples nothing, so there is no parameter to judge.
     ranked = [] if source.spec.study else importances(source)
@@ -119,6 +119,7 @@ def build(source: ReportData) -> ReportContent:
             score_tables.blend(source),
             score_tables.margins(source),
             *score_tables.unseen_groups(source),
+            *([] if update is None else update.tables),
             study_tables.fresh_gap(source),
             score_tables.over_seeds(source),
             score_tables.best_trials(source),

@@ -47,6 +47,7 @@ from imbvlm.sweep.records.trial_log import (
     refit_folder,
 )
 from imbvlm.sweep.records.winner_selection import Selection, read_selection
+from imbvlm.sweep.report.update_comparison import UpdateComparison
 from imbvlm.sweep.spec.baselines import HEADS
 from imbvlm.sweep.spec.manifest_path import with_located_manifest
 from imbvlm.sweep.spec.search_space import SearchSpace
@@ -213,6 +214,11 @@ class ReportData:
     def selection(self) -> Selection | None:
         """What validation has selected; None before, and where the objective selects."""
         return read_selection(self.folder)
+
+    @cached_property
+    def update(self) -> UpdateComparison | None:
+        """The comparison with the model of the sweep that this one updates; None where it updates none."""
+        return UpdateComparison.read(self.folder)
 
     @cached_property
     def gap(self) -> GapReport | None:

@@ -46,6 +46,9 @@ def conclude(run: SweepRun, seconds: float) -> None:
     data = ReportData.read(run.folder)
     _print_scores(run, data)
     _print_tables(run, data)
+    if data.update is not None:
+        echo()
+        echo(data.update.describe(run.console.width))
     write_best(run.folder, best, run.spec.base["data"]["manifest"])
     is_blend = run.selection is not None and bool(run.selection.members)
     if run.selection is not None and is_blend:

@@ -28,6 +28,7 @@ from imbvlm.sweep.run.gap_phase import measure_gap
 from imbvlm.sweep.run.labels_phase import check_labels
 from imbvlm.sweep.run.refit_phase import refit
 from imbvlm.sweep.run.search_phase import search
+from imbvlm.sweep.run.update_phase import compare_with_earlier
 from imbvlm.sweep.spec.equivalence import untrained_configurations
 from imbvlm.sweep.spec.spec_checks import check_spec, sampler_notes
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
@@ -69,6 +70,7 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
                     _check_interrupted(lease)
                     measure_gap(run)
                     check_labels(run)
+                    compare_with_earlier(run)
                     seconds = time.monotonic() - started
             conclude(run, seconds)
     return log

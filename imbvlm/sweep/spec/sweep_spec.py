@@ -162,6 +162,11 @@ class SweepSpec(Section):
         [], description="sampled values to try first; the space must contain them"
     )
     warm_start: list[str] = Field([], description="folders of earlier sweeps whose trials are reported to the sampler")
+    update_of: str | None = Field(
+        None,
+        description="folder of the sweep whose delivered model this sweep trains again on other data; at the end both "
+        "are compared on the same test images. `imbvlm sweep update` sets it",
+    )
     num_folds: int | None = Field(
         None,
         ge=1,
@@ -213,7 +218,7 @@ class SweepSpec(Section):
     def _with_sampler_name(cls, value: Any) -> Any:
         return {"name": TpeConfig().name, **value} if isinstance(value, Mapping) else value
 
-    @field_validator("storage", "feature_folder", "warm_start", "plugins")
+    @field_validator("storage", "feature_folder", "warm_start", "update_of", "plugins")
     @classmethod
     def _check_locations(cls, value: Any, info: ValidationInfo) -> Any:
         locations = value if isinstance(value, list) else [value] if value is not None else []
