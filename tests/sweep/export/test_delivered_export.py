@@ -31,7 +31,6 @@ from imbvlm.sweep.export.exporter import export_sweep
 from imbvlm.sweep.records.adjustment_selection import (
     logits_file,
     read_validation,
-    select_adjustment,
     select_adjustments,
     write_post_hoc,
 )
