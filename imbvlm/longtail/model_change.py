@@ -88,8 +88,8 @@ def accuracy_changes(
             _macro_accuracy(before[rows], own),
             _macro_accuracy(after[rows], own),
             (paired.low, paired.high) if math.isfinite(paired.low) else None,
-            paired.num_classes,
-            paired.num_rows,
+            len(np.unique(own)),
+            len(own),
             paired.num_groups,
         )
     return changes
