@@ -210,11 +210,10 @@ def check_encoder(name: str) -> Check:
     try:
         state, info = resolve_encoder(config).weights_state(), describe_encoder(config)
     except ImbvlmError as error:
-        return Check(
-            title, "broken", "; ".join([str(error), *_facts(name)]), 'see docs/guides/choosing.md, "An encoder"'
-        )
+        result = "; ".join([str(error).removesuffix("."), *_facts(name)])
+        return Check(title, "broken", result, 'see docs/guides/choosing.md, "An encoder"')
     text = "its files are here" if state.present else f"its files will be fetched from {state.address}"
-    result = "; ".join([state.problem or text, *_sizes(config, info), *_facts(name)])
+    result = "; ".join([(state.problem or text).removesuffix("."), *_sizes(config, info), *_facts(name)])
     return Check(title, "ok" if state.problem is None else "broken", result, state.fix)
 
 

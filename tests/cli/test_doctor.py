@@ -121,8 +121,18 @@ def test_an_encoder_is_described_with_or_without_its_weights() -> None:
 
 
 @pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
-def test_a_missing_package_for_an_encoders_texts_is_named() -> None:
+def test_a_missing_package_for_an_encoders_texts_is_named_with_the_missing_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     check = check_encoder("siglip2_vit_b16")
     assert check.state == "broken"
     assert "siglip2_vit_b16 needs the package transformers for its texts" in check.result
-    assert check.fix == "pip install 'imbvlm[siglip]'"
+    files = "open_clip_model.safetensors or open_clip_pytorch_model.bin of timm/ViT-B-16-SigLIP2; tokenizer_config.json"
+    assert f"siglip2_vit_b16 needs {files}" in check.result
+    assert check.fix == (
+        "pip install 'imbvlm[siglip]'; where there is a network: imbvlm encoder fetch siglip2_vit_b16 -o DIR; here: "
+        "local-dir:DIR"
+    )
+    assert ".;" not in check.result

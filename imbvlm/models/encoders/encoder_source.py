@@ -146,15 +146,17 @@ class EncoderSource:
         """Where the files are or would be fetched from, without doing so; raises ImbvlmError for a folder without."""
         needed = [None if self.weights is not None else self.hub, self.tokenizer]
         missing = [file for file in needed if file is not None and file.cached() is None]
+        problems, fixes = list[str](), list[str]()
         if self.needs_transformers and importlib.util.find_spec("transformers") is None:
-            problem = f"{self.name} needs the package transformers for its texts; {TRANSFORMERS_FIX} installs it"
-            return WeightsState(False, "", problem, TRANSFORMERS_FIX)
-        if not missing:
-            self.weights_file()
-            return WeightsState(True, self.weights or (self.model if self.hub is None else self.hub.address))
-        address = missing[0].address
-        cause = unreachable(address)
-        if cause is None:
-            return WeightsState(False, address)
-        fix = f"where there is a network: {fetch_command(self.name)}; here: local-dir:DIR"
-        return WeightsState(False, address, offline_sentence(self.name, missing, address, cause), fix)
+            problems.append(
+                f"{self.name} needs the package transformers for its texts; {TRANSFORMERS_FIX} installs it."
+            )
+            fixes.append(TRANSFORMERS_FIX)
+        address = missing[0].address if missing else ""
+        if missing and (cause := unreachable(address)) is not None:
+            problems.append(offline_sentence(self.name, missing, address, cause))
+            fixes.append(f"where there is a network: {fetch_command(self.name)}; here: local-dir:DIR")
+        if missing or problems:
+            return WeightsState(False, address, " ".join(problems) or None, "; ".join(fixes))
+        self.weights_file()
+        return WeightsState(True, self.weights or (self.model if self.hub is None else self.hub.address))

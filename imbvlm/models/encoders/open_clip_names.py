@@ -205,6 +205,11 @@ def _unknown_model(config: EncoderConfig, model: str, short_names: Collection[st
         return ImbvlmError(f"encoder.name is {config.name!r}, a model of timm; write {TIMM}{config.name}.")
     valid = open_clip.list_models() if "/" in config.name else [*short_names, *open_clip.list_models()]
     closest = suggest_name(model, valid)
+    if "/" in config.name and not closest.endswith("?"):
+        return ImbvlmError(
+            f"encoder.name is {config.name!r}, and {model!r} is no model of open_clip; write {HF_HUB}{config.name} if "
+            "that is a repository of the hub."
+        )
     return ImbvlmError(
         f"encoder.name is {config.name!r}, and {model!r} is no model of open_clip; "
         f"{closest}{'' if closest.endswith('?') else '.'} "

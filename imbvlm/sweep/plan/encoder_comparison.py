@@ -134,7 +134,7 @@ def find_encoders(manifest: str, names: Sequence[str], sizes: Sequence[object], 
             except ImbvlmError as error:
                 problems[Problem(str(error), name)] = None
             else:
-                problems |= {} if problem is None else {Problem(f"{problem}.", name): None}
+                problems |= {} if problem is None else {Problem(problem, name): None}
     if problems:
         raise ConfigError(problems)
     return compared

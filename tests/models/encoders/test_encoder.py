@@ -425,6 +425,8 @@ def test_tags_that_need_quick_gelu_get_it(name: str) -> None:
         ("vit_base_patch16_dinov3.lvd1689m", "a model of timm; write timm:vit_base_patch16_dinov3.lvd1689m"),
         ("local-dir:/nowhere", "/nowhere/open_clip_config.json is not there"),
         ("ViT-S-16/openai", "has no weights"),
+        ("ViT-S-16", "without weights; open_clip has none for it; set encoder.weights"),
+        ("google/siglip2-base", "write hf-hub:google/siglip2-base if that is a repository of the hub"),
         ("coca_ViT-B-32/laion2b_s13b_b90k", "attentional pooler"),
     ],
 )
