@@ -50,7 +50,7 @@ def lines(options: Options) -> Iterator[Line]:
             plain, centered = (
                 predictions(head_config(method, **asked, **{key: value}), options.folder) for value in (False, True)
             )
-            yield compared(f"{split}, {head}: centered, plain", Manifest.read(str(path)), centered, plain)
+            yield compared(f"{split}, {head}", Manifest.read(str(path)), centered, plain)
 
 
 def predictions(config: TrialConfig, folder: Path) -> np.ndarray:
@@ -69,7 +69,7 @@ def predictions(config: TrialConfig, folder: Path) -> np.ndarray:
 
 
 def compared(what: str, manifest: Manifest, ours: np.ndarray, theirs: np.ndarray) -> Line:
-    """Balanced accuracy and mean height of both, and the interval of the difference in accuracy."""
+    """The difference in balanced accuracy with its interval, then that accuracy and the mean height of both sides."""
     labels = manifest.labels[manifest.rows_of("test")]
     assert manifest.taxonomy is not None
     difference = paired_difference(ours == labels, theirs == labels, labels)
@@ -78,4 +78,4 @@ def compared(what: str, manifest: Manifest, ours: np.ndarray, theirs: np.ndarray
         errors = rank_errors(manifest.taxonomy, labels, predicted)
         shown.append(f"{100 * (1 - errors['rank_error/subgroup']):.1f}, {errors[LCA_HEIGHT]:.3f}")
     interval = f"{100 * difference.difference:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
-    return Line(f"{what}; {interval}", *shown)
+    return Line(f"{what}: {interval}", *shown)

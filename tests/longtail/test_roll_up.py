@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.longtail.roll_up import RankScores, RollUp, best_taxa, is_shown, learn_roll_up, rows_needed
+from imbvlm.longtail.roll_up import RankScores, RollUp, best_taxa, is_broken, is_shown, learn_roll_up, rows_needed
 from imbvlm.longtail.taxonomy import Taxonomy
 
 TREE = Taxonomy(
@@ -124,3 +124,14 @@ def test_equal_probabilities_never_break_a_promise_on_their_own_rows(
         return
     for named, right in zip(*roll_up.counts(scores), strict=True):
         assert named == 0 or is_shown(right, named, precision)
+
+
+def test_rows_break_a_promise_where_they_show_that_less_is_right() -> None:
+    """By the binomial distribution: so few right ones of 100 come in 5 % of samples at most."""
+    below = {
+        right: sum(math.comb(100, k) * 0.9**k * 0.1 ** (100 - k) for k in range(right + 1)) for right in range(101)
+    }
+    assert [right for right in below if is_broken(right, 100, 0.9)] == [
+        k for k, share in below.items() if share <= 0.05
+    ]
+    assert not is_broken(0, 0, 0.9)

@@ -360,6 +360,8 @@ FILES: dict[str, str] = {
     "suspect_labels.csv": "images whose labels look wrong, the most suspicious first",
     "calibration.json": "what the delivered model decides by, or why it can promise nothing",
     "calibration.safetensors": "the scores of validation images that its decisions are learned from",
+    "taxonomy.json": "the tree over the classes, if the manifest has one, and whether its roll-up has scores",
+    "rank_scores.safetensors": "the scores of validation images that its roll-up is learned from",
     "selection.json": "how the winner and the blend were selected, and what is claimed of them",
     "test.json": "what the test split answered, and when; resuming never reads it again",
     "quarantine.csv": "images that can't be decoded: path, reason, class, shot group",

@@ -11,9 +11,11 @@ from imbvlm.config.encoder_entries import encoder_terms
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.blend_folder import write_blend
 from imbvlm.inference.blend_merging import TrainedMember, is_affine
+from imbvlm.inference.calibration_file import ModelCalibration
 from imbvlm.inference.model_folder import load
 from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import write_onnx
+from imbvlm.inference.taxonomy_file import ModelTaxonomy
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
@@ -103,6 +105,8 @@ class DeliveredExport:
             has_text=all(encoder.info.has_text for encoder in encoders.values()),
             revision=trained[0].encoder.info.revision,
             encoder_terms=terms,
+            calibration=ModelCalibration.read(folder, manifest.class_names),
+            tree=ModelTaxonomy.read(folder, manifest.class_names),
             members=trained,
         )
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(card).encode())

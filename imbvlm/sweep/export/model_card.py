@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import mean_std, percent, pluralize
 from imbvlm.base.yaml_file import dump_yaml
 from imbvlm.config.encoder_entries import EncoderTerms
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.blend_merging import TrainedMember
+from imbvlm.inference.calibration_file import ModelCalibration
+from imbvlm.inference.taxonomy_file import ModelTaxonomy, learn_for
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.longtail.roll_up import RankScores
 from imbvlm.sweep.records.difference import (
     POST_HOC_MEANS,
     Verdict,
@@ -33,6 +38,8 @@ from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
 
 CARD_FILE = "README.md"
+# Precision and coverage for which a card says what is promised.
+CARD_LEVEL = 0.9
 UNSTATED = "other"
 
 
@@ -56,6 +63,9 @@ class CardContext:
     # The commit of the hub that the encoder is from.
     revision: str
     encoder_terms: EncoderTerms
+    # Scores in the model's folder, for decisions and for roll-up.
+    calibration: ModelCalibration | None = None
+    tree: ModelTaxonomy | None = None
     members: Sequence[TrainedMember] = ()
 
     @property
@@ -88,6 +98,7 @@ def model_card(card: CardContext) -> str:
         members=_members(card),
         selected=_selected(card),
         claims=_claims(card),
+        decisions=_decisions(card),
         adjustment=adjustment,
         is_plain=adjustment in (None, PostHocAdjustment()),
         config_yaml=dump_yaml(card.config.to_tree()),
@@ -146,6 +157,23 @@ def _claims(card: CardContext) -> tuple[str, str] | None:
     if selection is None or not selection.claims or (selection.members and not card.members):
         return None
     return selection.basis, ", ".join(describe_claim(metric, claim) for metric, claim in selection.claims.items())
+
+
+def _decisions(card: CardContext) -> list[str]:
+    """Sentences on what decisions and roll-ups promise; none for a model without scores."""
+    calibration, tree = card.calibration, card.tree
+    if calibration is None or isinstance(calibration.rows, str):
+        return []
+    basis, *notes = calibration.decide(accept=CARD_LEVEL, sets=CARD_LEVEL).notes
+    if tree is not None and isinstance(tree.scores, RankScores):
+        try:
+            thresholds = learn_for(tree, CARD_LEVEL).thresholds
+        except ImbvlmError:
+            thresholds = (math.inf,) * len(tree.taxonomy.ranks)
+        ranks = zip(tree.taxonomy.ranks, thresholds, strict=True)
+        given = [rank for rank, threshold in ranks if threshold < math.inf]
+        notes.append(f"roll-up {CARD_LEVEL:g}: names of {' and '.join(given) or 'no rank'} have a promise")
+    return [f"{basis[0].upper()}{basis[1:]}. They hold for images that come as those alone.", *notes]
 
 
 def _rows(card: CardContext) -> list[tuple[str, Sequence[TrialRecord], str]]:

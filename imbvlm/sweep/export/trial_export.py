@@ -21,10 +21,12 @@ from imbvlm.config.trial_config import TrialConfig, needs_text
 from imbvlm.data.manifest import Manifest, absolute_manifest
 from imbvlm.features.class_embeddings import TEXT_KEY
 from imbvlm.features.extraction import ensure_features
+from imbvlm.inference.calibration_file import ModelCalibration
 from imbvlm.inference.model_folder import load, write_model
 from imbvlm.inference.model_parts import without_paths
 from imbvlm.inference.onnx_export import write_onnx
 from imbvlm.inference.predictor import LogitPostprocessor
+from imbvlm.inference.taxonomy_file import ModelTaxonomy
 from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
 from imbvlm.longtail.taxonomy import Taxonomy
 from imbvlm.models.classifier_init import centered_by_parent
@@ -129,6 +131,8 @@ class TrialExport:
             has_text=encoder.info.has_text,
             revision=encoder.info.revision,
             encoder_terms=terms,
+            calibration=ModelCalibration.read(folder, manifest.class_names),
+            tree=ModelTaxonomy.read(folder, manifest.class_names),
         )
         storage.write_bytes(storage.join(folder, CARD_FILE), model_card(card).encode())
         return difference

@@ -208,6 +208,9 @@ def test_the_row_in_large_type_is_of_the_exported_blend(blended: MadeSweep, tmp_
     assert "A blend of 3 of 2 trials and 2 baselines" in card
     assert "| b00002 | linear probe | 0.2 | 1.2 |" in card
     assert "| what | species | family | order | height |" in card
+    assert "Promises are for images that come as 15 validation images, which the exported weights have scored." in card
+    assert "- accept 0.9: 0 classes with a promise each, 0 with one of their shot group, 5 without" in card
+    assert "- roll-up 0.9: names of no rank have a promise" in card
     assert f"| this model | {100 * (1 - value):.1f} |" in card
     assert str(blended.problem.folder) not in card, "a card is published"
     members = read_yaml(tmp_path / "out" / "blend.yaml").data["members"]
