@@ -135,11 +135,22 @@ def key_table(section: type[Section], path: str) -> str:
     return table(["key", "meaning", "values", "default"], rows)
 
 
-def sections_text(root: type[Section], notes: Mapping[str, str]) -> str:
+def tag_table(group: Sequence[Part], default: str) -> str:
+    """The key that selects one of several variants; nothing for a single section."""
+    tags = [tag for part in group if part.is_variant and (tag := tag_of(part.section))]
+    if not tags:
+        return ""
+    names = code_list([name for _, name in tags])
+    row = [f"`{group[0].path}.{tags[0][0]}`", "one of the headings below", names, default]
+    return table(["key", "meaning", "values", "default"], [row])
+
+
+def sections_text(root: type[Section], notes: Mapping[str, str], defaults: Mapping[str, str]) -> str:
     """A heading for each section below a root, with one above those of several variants."""
     texts = []
-    for path, group in groupby(parts(root), key=lambda part: part.path):
-        texts += [f"## `{path}`", notes.get(path, "")]
+    for path, members in groupby(parts(root), key=lambda part: part.path):
+        group = list(members)
+        texts += [f"## `{path}`", notes.get(path, ""), tag_table(group, defaults.get(path, ""))]
         for part in group:
             tag = tag_of(part.section)
             texts += [f"### `{path}.{tag[0]}: {tag[1]}`"] if part.is_variant and tag else []
@@ -148,12 +159,14 @@ def sections_text(root: type[Section], notes: Mapping[str, str]) -> str:
 
 
 def config_page() -> str:
-    notes = {}
+    notes, defaults = {}, {}
     for name in optional_sections():
         methods = [method for method in METHODS if name in METHODS[method].sections]
-        defaults = default_sections().get(name)
-        default = "No default. " if defaults is None else ""
-        default += "".join(f"Default: `{key}: {value}`. " for key, value in (defaults or {}).items())
+        own = default_sections().get(name)
+        has_variants = len(variants(TrialConfig.model_fields[name].annotation)) > 1
+        default = "Left out by default. " if own is None else ""
+        default += "".join(f"Default: `{key}: {value}`. " for key, value in (own or {}).items() if not has_variants)
+        defaults[name] = ", ".join(f"`{value}`" for value in (own or {}).values()) or f"`{name}: null`"
         readers = "all methods" if len(methods) == len(METHODS) else code_list(methods)
         notes[name] = f"{default}Read by {readers}."
     searched = "\n".join(f"- `{key}`: {reason}." for key, reason in NOT_SEARCHED.items())
@@ -163,7 +176,7 @@ def config_page() -> str:
         "A file must not have sections that its method doesn't read. Unknown keys and values outside of the limits are "
         "rejected before anything runs, all at once.",
         f"## `method`\n\nThe page of [methods](methods.md) describes each.\n\n{key_table(TrialConfig, '')}",
-        sections_text(TrialConfig, notes),
+        sections_text(TrialConfig, notes, defaults),
         f"## Keys that no space can search\n\n{searched}",
     )
 
@@ -176,9 +189,10 @@ def sweep_page() -> str:
         f"## Keys\n\n{key_table(SweepSpec, '')}",
         sections_text(
             SweepSpec,
+            {"searcher": "The page of [samplers](samplers.md) compares them."},
             {
-                "searcher": "Default: `name: tpe`. The page of [samplers](samplers.md) compares them.",
-                "trial_scheduler": "Default: `name: asha`.",
+                name: f"`{SweepSpec.model_fields[name].get_default(call_default_factory=True).name}`"
+                for name in ("searcher", "trial_scheduler")
             },
         ),
     )
