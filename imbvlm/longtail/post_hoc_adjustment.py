@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import pluralize
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import add_log_prior, at_least_float32
 from imbvlm.longtail.metrics import CalibrationBins, predictions
@@ -25,6 +26,8 @@ from imbvlm.longtail.metrics import CalibrationBins, predictions
 TAUS = tuple(round(-1 + 0.1 * step, 10) for step in range(31))
 ALPHAS = tuple(round(0.05 * step, 10) for step in range(21))
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+# A class of so few images weighs as much as any other: a single wrong one sets the temperature (docs/protocol.md).
+MAX_UNCALIBRATED = 3
 # Rows whose adjusted logits are in memory at once.
 CHUNK_SIZE = 1024
 _MAX_STEPS = 60
@@ -90,12 +93,19 @@ class ValueSelection:
         }
 
 
+def uncalibrated_note(num_thin: int) -> str:
+    """Why probabilities may not be called calibrated; empty where no class has so few validation images."""
+    if not num_thin:
+        return ""
+    return f"not calibrated: {pluralize(num_thin, 'class')} with 1 to {MAX_UNCALIBRATED} validation images"
+
+
 @dataclass(frozen=True)
 class TemperatureFit:
     """A temperature, with the mean cross entropy and expected calibration error of validation before and after it.
 
     `standard_error` is that of the gain in cross entropy on the same rows. `is_bounded` is False if every row is
-    correct, so that the cross entropy has no minimum.
+    correct, so that the cross entropy has no minimum. `num_thin` classes have 1 to MAX_UNCALIBRATED rows.
     """
 
     temperature: float
@@ -105,6 +115,7 @@ class TemperatureFit:
     calibration_error_after: float
     standard_error: float
     is_bounded: bool
+    num_thin: int
 
     @property
     def objection(self) -> str | None:
@@ -250,6 +261,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
     # The spread of the differences; one row has none.
     spread = float((before - after).std()) if len(targets) > 1 else math.inf
     num_rows, num_right, _ = bins_before.counts.sum(dim=1).tolist()
+    counts = torch.bincount(targets)
     return TemperatureFit(
         temperature=temperature,
         loss_before=float(before.mean()),
@@ -258,6 +270,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
         calibration_error_after=bins_after.compute()["expected_calibration_error"],
         standard_error=spread / math.sqrt(num_rows),
         is_bounded=num_right < num_rows,
+        num_thin=int(((counts > 0) & (counts <= MAX_UNCALIBRATED)).sum()),
     )
 
 

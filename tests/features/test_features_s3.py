@@ -97,7 +97,7 @@ def test_what_a_pass_has_written_is_not_fetched_to_see_that_it_is_whole(
     s3.client().put_object(Bucket=BUCKET, Key=shard, Body=content + b"more")
     read: list[str] = []
     whole = storage.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(uri) or whole(uri))
+    monkeypatch.setattr(storage, "read_bytes", lambda uri, *limit: read.append(uri) or whole(uri, *limit))
     store = FeatureStore.open(f"{uri}/digest")
     assert lost(store) in ([], [8, 9])
     assert store.index("pooled").reasons

@@ -22,6 +22,7 @@ from imbvlm.longtail.post_hoc_adjustment import (
     select_alpha,
     select_best,
     select_tau,
+    uncalibrated_note,
 )
 
 COUNTS = np.array([1000, 200, 40, 8, 2, 0])
@@ -179,6 +180,14 @@ def outliers(num: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits = 10 * F.one_hot(targets, 10).double()
     logits[:2] = 6 * logits[:2].roll(1, dims=1)
     return logits, targets
+
+
+def test_classes_of_one_to_three_rows_leave_probabilities_uncalibrated() -> None:
+    targets = torch.tensor([0] * 4 + [2] * 3 + [3])
+    fitted = fit_temperature(torch.eye(5)[targets], targets)
+    assert fitted.num_thin == 2
+    assert uncalibrated_note(fitted.num_thin) == "not calibrated: 2 classes with 1 to 3 validation images"
+    assert uncalibrated_note(fit_temperature(torch.eye(5)[targets[:4]], targets[:4]).num_thin) == ""
 
 
 def test_two_certain_mistakes_among_few_rows_do_not_spoil_the_calibration() -> None:

@@ -63,6 +63,8 @@ class CardContext:
     # The commit of the hub that the encoder is from.
     revision: str
     encoder_terms: EncoderTerms
+    # Why probabilities may not be called calibrated; empty where they may.
+    calibration_doubt: str = ""
     # Scores in the model's folder, for decisions and for roll-up.
     calibration: ModelCalibration | None = None
     tree: ModelTaxonomy | None = None

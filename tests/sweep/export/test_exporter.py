@@ -28,7 +28,7 @@ from imbvlm.config.encoder_entries import EncoderTerms
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.longtail.claims import Claim
-from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment
+from imbvlm.longtail.post_hoc_adjustment import PostHocAdjustment, uncalibrated_note
 from imbvlm.sweep.export.exporter import export_sweep, pareto_set
 from imbvlm.sweep.export.model_card import CardContext, model_card
 from imbvlm.sweep.export.trial_export import check_trained_on
@@ -103,6 +103,13 @@ def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path: Path) -> 
     few = sum(epoch["test/few_shot_accuracy"] for epoch in refits) / len(refits)
     assert values["few accuracy, test"] == pytest.approx(few, abs=1e-4)
     assert data.eval_results[0].dataset_name == "fashion_mnist_lt"
+
+
+def test_the_card_says_why_probabilities_are_not_calibrated(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "made", COUNTS)
+    assert "Probabilities are calibrated on validation images" in card(folder)
+    text = card(folder, calibration_doubt=uncalibrated_note(1))
+    assert "Probabilities are not calibrated: 1 class with 1 to 3 validation images; an image of none" in text
 
 
 def test_the_cards_metadata_keep_adjusted_scores_apart_from_plain_ones(tmp_path: Path) -> None:
