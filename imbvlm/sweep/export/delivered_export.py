@@ -99,7 +99,8 @@ class DeliveredExport:
             manifest=manifest,
             record=winner,
             config=without_paths(trained[0].config),
-            adjustment=None,
+            # A blend's members have their own, in a table of the card.
+            adjustment=trained[0].post_hoc.adjustment if trained[0].post_hoc and not trained[1:] else None,
             refits=[record for record in self.log.of("delivered") if record.name == DELIVERED],
             license_id=license_id,
             has_onnx=difference is not None,
