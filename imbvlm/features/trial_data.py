@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from imbvlm.base.formatting import join_limited
 from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.input_sections import EncoderConfig
 from imbvlm.config.trial_config import TrialConfig
@@ -18,7 +17,7 @@ from imbvlm.data.image_stream import ImageRows
 from imbvlm.data.images.preprocess import FIVE_CROPS
 from imbvlm.data.manifest import LabelRows, label_rows
 from imbvlm.data.manifest_schema import Rows
-from imbvlm.data.splits import carve_validation, lost_classes
+from imbvlm.data.splits import carve_validation
 from imbvlm.features.feature_set import FeatureSet, load_tensors
 from imbvlm.features.store_layout import StoreError
 from imbvlm.features.stored_split import StoredSplit
@@ -62,9 +61,9 @@ class TrialData:
     """Everything a trial learns from. `class_stats` counts the rows in `train`; its shot groups are the official ones.
 
     `encoder_tensors` are those of the FeatureSet. `class_embeddings` (C, E) is None where no text was encoded.
-    `warnings` are sentences for the user. For a trial that reads images, `train` and `val` are rows of the manifest,
-    `stored` has the same training rows in the store, and `encoder` is the encoder to run. A fold has the official
-    validation rows, if there are any, as `official`.
+    For a trial that reads images, `train` and `val` are rows of the manifest, `stored` has the same training rows in
+    the store, and `encoder` is the encoder to run. A fold has the official validation rows, if there are any, as
+    `official`.
     """
 
     class_names: tuple[str, ...]
@@ -74,7 +73,6 @@ class TrialData:
     info: EncoderInfo
     encoder_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     class_embeddings: Tensor | None = None
-    warnings: tuple[str, ...] = ()
     stored: StoredRows | None = None
     encoder: EncoderConfig | None = None
     official: StoredRows | None = None
@@ -123,7 +121,6 @@ class TrialData:
             info=features.info,
             encoder_tensors=features.encoder_tensors(),
             class_embeddings=_class_embeddings(features),
-            warnings=_warnings(table, train_store),
             stored=stored,
             encoder=features.encoder or config.encoder,
             taxonomy=table.taxonomy,
@@ -230,12 +227,3 @@ def _class_embeddings(features: FeatureSet) -> Tensor | None:
     if features.class_embeddings is None:
         return None
     return load_tensors(features.class_embeddings)["class_embeddings"]
-
-
-def _warnings(table: LabelRows, store: StoredSplit) -> tuple[str, ...]:
-    """A sentence about the classes whose training images could not be decoded."""
-    lost = lost_classes(table.labels[table.rows_of("train")], store.ok)
-    if not lost.size:
-        return ()
-    names = join_limited([repr(table.class_names[label]) for label in lost], 5)
-    return (f"no training image of {names} could be decoded; they stay as classes and are never learned",)

@@ -85,15 +85,13 @@ def test_carved_rows_leave_training_and_come_back_for_the_refit(tmp_path: Path) 
     assert again.class_stats.counts.tolist() == [12, 6, 1]
 
 
-def test_quarantined_rows_are_left_out_and_a_lost_class_is_named(tmp_path: Path) -> None:
+def test_quarantined_rows_are_left_out_and_a_lost_class_stays(tmp_path: Path) -> None:
     stored = features(tmp_path, {"train": TRAIN, "val": [0, 1, 2]}, bad=(4, 18))
     data = TrialData.open(config(tmp_path / "manifest.parquet"), stored)
     assert rows_read(data.train) == [row for row in range(18) if row != 4]
     assert data.class_stats.counts.tolist() == [11, 6, 0]
     assert data.class_stats.split_counts.tolist() == [12, 6, 1]
     assert data.class_names == NAMES
-    assert len(data.warnings) == 1
-    assert "'alone'" in data.warnings[0]
 
 
 def test_feature_set_goes_to_other_processes(tmp_path: Path) -> None:
