@@ -93,11 +93,11 @@ class ValueSelection:
         }
 
 
-def uncalibrated_note(num_thin: int) -> str:
+def uncalibrated_note(num_uncalibrated: int) -> str:
     """Why probabilities may not be called calibrated; empty where no class has so few validation images."""
-    if not num_thin:
+    if not num_uncalibrated:
         return ""
-    return f"not calibrated: {pluralize(num_thin, 'class')} with 1 to {MAX_UNCALIBRATED} validation images"
+    return f"not calibrated: {pluralize(num_uncalibrated, 'class')} with 1 to {MAX_UNCALIBRATED} validation images"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class TemperatureFit:
     """A temperature, with the mean cross entropy and expected calibration error of validation before and after it.
 
     `standard_error` is that of the gain in cross entropy on the same rows. `is_bounded` is False if every row is
-    correct, so that the cross entropy has no minimum. `num_thin` classes have 1 to MAX_UNCALIBRATED rows.
+    correct, so that the cross entropy has no minimum. `num_uncalibrated` classes have 1 to MAX_UNCALIBRATED rows.
     """
 
     temperature: float
@@ -115,7 +115,7 @@ class TemperatureFit:
     calibration_error_after: float
     standard_error: float
     is_bounded: bool
-    num_thin: int
+    num_uncalibrated: int
 
     @property
     def objection(self) -> str | None:
@@ -270,7 +270,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> TemperatureFit:
         calibration_error_after=bins_after.compute()["expected_calibration_error"],
         standard_error=spread / math.sqrt(num_rows),
         is_bounded=num_right < num_rows,
-        num_thin=int(((counts > 0) & (counts <= MAX_UNCALIBRATED)).sum()),
+        num_uncalibrated=int(((counts > 0) & (counts <= MAX_UNCALIBRATED)).sum()),
     )
 
 

@@ -185,9 +185,9 @@ def outliers(num: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_classes_of_one_to_three_rows_leave_probabilities_uncalibrated() -> None:
     targets = torch.tensor([0] * 4 + [2] * 3 + [3])
     fitted = fit_temperature(torch.eye(5)[targets], targets)
-    assert fitted.num_thin == 2
-    assert uncalibrated_note(fitted.num_thin) == "not calibrated: 2 classes with 1 to 3 validation images"
-    assert uncalibrated_note(fit_temperature(torch.eye(5)[targets[:4]], targets[:4]).num_thin) == ""
+    assert fitted.num_uncalibrated == 2
+    assert uncalibrated_note(fitted.num_uncalibrated) == "not calibrated: 2 classes with 1 to 3 validation images"
+    assert uncalibrated_note(fit_temperature(torch.eye(5)[targets[:4]], targets[:4]).num_uncalibrated) == ""
 
 
 def test_two_certain_mistakes_among_few_rows_do_not_spoil_the_calibration() -> None:

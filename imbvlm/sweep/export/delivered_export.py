@@ -20,7 +20,7 @@ from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
 from imbvlm.sweep.export.trial_export import MODEL_FOLDER, Say, TrialExport, check_trained_on, write_best
-from imbvlm.sweep.records.adjustment_selection import read_calibration_doubt
+from imbvlm.sweep.records.adjustment_selection import read_uncalibrated_note
 from imbvlm.sweep.records.delivered_model import DeliveredMember, write_decision_scores
 from imbvlm.sweep.records.difference import refits_of
 from imbvlm.sweep.records.provenance import check_encoder_weights
@@ -107,7 +107,7 @@ class DeliveredExport:
             has_text=all(encoder.info.has_text for encoder in encoders.values()),
             revision=trained[0].encoder.info.revision,
             encoder_terms=terms,
-            calibration_doubt=read_calibration_doubt(self.folder),
+            uncalibrated=read_uncalibrated_note(self.folder),
             calibration=ModelCalibration.read(folder, manifest.class_names),
             tree=ModelTaxonomy.read(folder, manifest.class_names),
             members=trained,

@@ -64,7 +64,7 @@ class CardContext:
     revision: str
     encoder_terms: EncoderTerms
     # Why probabilities may not be called calibrated; empty where they may.
-    calibration_doubt: str = ""
+    uncalibrated: str = ""
     # Scores in the model's folder, for decisions and for roll-up.
     calibration: ModelCalibration | None = None
     tree: ModelTaxonomy | None = None

@@ -36,7 +36,7 @@ from imbvlm.models.encoders.encoder_factory import create_encoder
 from imbvlm.models.encoders.text_prompts import class_embeddings, class_sentences
 from imbvlm.models.model_builder import stored_outputs
 from imbvlm.sweep.export.model_card import CARD_FILE, CardContext, model_card
-from imbvlm.sweep.records.adjustment_selection import read_adjustment, read_calibration_doubt, select_adjustments
+from imbvlm.sweep.records.adjustment_selection import read_adjustment, read_uncalibrated_note, select_adjustments
 from imbvlm.sweep.records.delivered_model import DeliveredMember, write_decision_scores
 from imbvlm.sweep.records.provenance import check_class_texts, check_encoder_weights, data_changes
 from imbvlm.sweep.records.refit_selection import Refit, refit_config, refits
@@ -131,7 +131,7 @@ class TrialExport:
             has_text=encoder.info.has_text,
             revision=encoder.info.revision,
             encoder_terms=terms,
-            calibration_doubt=read_calibration_doubt(self.folder),
+            uncalibrated=read_uncalibrated_note(self.folder),
             calibration=ModelCalibration.read(folder, manifest.class_names),
             tree=ModelTaxonomy.read(folder, manifest.class_names),
         )

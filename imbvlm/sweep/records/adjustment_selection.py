@@ -31,7 +31,7 @@ from imbvlm.longtail.post_hoc_adjustment import (
     uncalibrated_note,
 )
 from imbvlm.sweep.records.refit_selection import Refit, confirmed, refits
-from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, last_values
+from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, last_values, resume_fix
 from imbvlm.sweep.spec.baselines import baselines, feature_key
 from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
@@ -187,19 +187,17 @@ def read_adjustment(folder: str, name: str) -> PostHocAdjustment | None:
         selection = content.get(name)
         return None if selection is None else PostHocAdjustment(**selection["adjustment"])
 
-    fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
-    return read_json(storage.join(folder, POST_HOC_FILE), parse, fix)
+    return read_json(storage.join(folder, POST_HOC_FILE), parse, resume_fix(folder))
 
 
-def read_calibration_doubt(folder: str) -> str:
+def read_uncalibrated_note(folder: str) -> str:
     """Why probabilities of a sweep's models may not be called calibrated, or ""; raises ImbvlmError."""
 
     def parse(content: Any) -> str:
         # All are selected on the same images.
-        return next((uncalibrated_note(own["calibration"].get("num_thin", 0)) for own in content.values()), "")
+        return next((uncalibrated_note(own["calibration"].get("num_uncalibrated", 0)) for own in content.values()), "")
 
-    fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
-    return read_json(storage.join(folder, POST_HOC_FILE), parse, fix) or ""
+    return read_json(storage.join(folder, POST_HOC_FILE), parse, resume_fix(folder)) or ""
 
 
 def describe_post_hoc(name: str, selection: AdjustmentSelection, scored: Sequence[TrialRecord]) -> str:
@@ -216,7 +214,7 @@ def describe_post_hoc(name: str, selection: AdjustmentSelection, scored: Sequenc
     errors = [last_values(records, f"{split}/expected_calibration_error") for split in (TEST, POST_HOC)]
     on_test = f", on test {' to '.join(percent(statistics.fmean(values)) for values in errors)}" if all(errors) else ""
     stays = "" if calibration.objection is None else f" {calibration.objection}, so that it stays at 1"
-    doubt = uncalibrated_note(calibration.num_thin)
+    doubt = uncalibrated_note(calibration.num_uncalibrated)
     lines.append(
         f"  calibration: temperature {calibration.temperature:.3g}{stays}; expected calibration error (%) on "
         f"validation {percent(selection.plain_error)} to {percent(calibration.accepted_calibration_error)}{on_test}"

@@ -178,18 +178,17 @@ def write_decision_scores(
     of each member whose mean logits it is exported as.
     """
     scored = _exported_logits(folder, log, members, exported) or validation_logits(folder, log, spec, members)
-    names, tree, is_exported = manifest.class_names, manifest.taxonomy, False
-    by_class: ScoredRows | str
-    by_rank: RankScores | str | None
+    names, tree = manifest.class_names, manifest.taxonomy
     if isinstance(scored, str):
-        by_class = by_rank = scored
-    else:
-        is_exported = scored.is_exported
-        by_class = ScoredRows.from_logits(scored.logits, scored.labels, scored.saved.stats[0])
-        by_rank = None if tree is None else RankScores.from_logits(tree, scored.logits, scored.labels)
-    ModelCalibration(names, by_class, is_exported).write(out)
-    if tree is not None and by_rank is not None:
-        ModelTaxonomy(tree, names, by_rank, is_exported).write(out)
+        ModelCalibration(names, scored).write(out)
+        if tree is not None:
+            ModelTaxonomy(tree, names, scored).write(out)
+        return
+    by_class = ScoredRows.from_logits(scored.logits, scored.labels, scored.saved.stats[0])
+    ModelCalibration(names, by_class, scored.is_exported).write(out)
+    if tree is not None:
+        by_rank = RankScores.from_logits(tree, scored.logits, scored.labels)
+        ModelTaxonomy(tree, names, by_rank, scored.is_exported).write(out)
 
 
 def _exported_logits(

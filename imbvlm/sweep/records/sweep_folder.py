@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from typing import Any
@@ -84,9 +84,9 @@ class SweepState:
     size: tuple[int, int] | None = None
 
     @staticmethod
-    def read(folder: str, read_spec: Callable[[str], SweepSpec] = read_spec) -> SweepState:
-        """Read a folder; raises ImbvlmError if it isn't a sweep's."""
-        spec = read_spec(folder)
+    def read(folder: str, spec: SweepSpec | None = None) -> SweepState:
+        """Read a folder, its spec too unless it is given; raises ImbvlmError if it isn't a sweep's."""
+        spec = spec or read_spec(folder)
         # Older sweeps don't mark a run that hasn't ended.
         has_best, is_open = (storage.exists(storage.join(folder, name)) for name in (BEST_FILE, UNFINISHED_FILE))
         is_finished, seconds = has_best and not is_open, read_spent(folder).seconds
@@ -210,7 +210,7 @@ def sweeps_under(storage_folder: str) -> tuple[list[SweepState], list[Unreadable
         if not storage.exists(storage.join(path, SPEC_FILE)):
             continue
         try:
-            states.append(SweepState.read(path, read_listed_spec))
+            states.append(SweepState.read(path, read_listed_spec(path)))
         except ImbvlmError as error:
             unreadable.append(Unreadable(path, " ".join(str(error).split())))
     return sorted(states, key=lambda state: state.started_at or 0.0), unreadable

@@ -114,6 +114,11 @@ def refit_folder(folder: str, trial_id: str) -> str:
     return storage.join(folder, "refits", trial_id)
 
 
+def resume_fix(folder: str) -> str:
+    """What to do about a damaged file of a sweep's folder."""
+    return f"Remove it and go on with: imbvlm sweep resume {folder}"
+
+
 def name_rank(name: str) -> int:
     """The place of scores in tables by their name: delivered model, seeds of a blend, winner, then the others."""
     first = (DELIVERED, BLEND, WINNER)
@@ -271,8 +276,7 @@ class TrialLog:
 
 def _read_selected(folder: str) -> Selected | None:
     """The content of a sweep's selection.json; None before the selection. Raises ImbvlmError."""
-    fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
-    return read_json(storage.join(folder, SELECTION_FILE), Selected.from_dict, fix)
+    return read_json(storage.join(folder, SELECTION_FILE), Selected.from_dict, resume_fix(folder))
 
 
 def _constraints(folder: str) -> Mapping[str, float]:

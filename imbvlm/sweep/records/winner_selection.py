@@ -32,7 +32,7 @@ from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
 from imbvlm.sweep.records.adjustment_selection import Validation, read_validation, select_adjustment
 from imbvlm.sweep.records.refit_selection import confirmed
-from imbvlm.sweep.records.trial_log import SELECTION_FILE, Selected, TrialLog, TrialRecord
+from imbvlm.sweep.records.trial_log import SELECTION_FILE, Selected, TrialLog, TrialRecord, resume_fix
 from imbvlm.sweep.spec.baselines import pass_key
 from imbvlm.sweep.spec.sweep_spec import BlendConfig, SweepSpec
 from imbvlm.training.validation_logits import RowLogits, SavedValLogits
@@ -213,8 +213,7 @@ def read_selection(folder: str) -> Selection | None:
         decisions = tuple(BlendDecision(**decision) for decision in content["decisions"])
         return Selection(**{**content, "claims": claims, "members": members, "decisions": decisions})
 
-    fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
-    return read_json(storage.join(folder, SELECTION_FILE), parse, fix)
+    return read_json(storage.join(folder, SELECTION_FILE), parse, resume_fix(folder))
 
 
 def describe_selection(selection: Selection, log: TrialLog, spec: SweepSpec, has_test: bool) -> str:

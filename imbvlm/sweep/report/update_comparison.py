@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from imbvlm.base.json_file import read_json
 from imbvlm.base.text_tables import table
 from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.model_change import AccuracyChange, ClassChange
+from imbvlm.sweep.records.trial_log import resume_fix
 from imbvlm.sweep.report.plotting import Table
 
 UPDATE_FILE = "update.json"
@@ -61,13 +61,12 @@ class UpdateComparison:
 
     def write(self, folder: str) -> None:
         """Write update.json into a sweep's folder."""
-        storage.write_bytes(storage.join(folder, UPDATE_FILE), json.dumps(asdict(self), indent=1).encode())
+        storage.write_json(storage.join(folder, UPDATE_FILE), asdict(self))
 
     @staticmethod
     def read(folder: str) -> UpdateComparison | None:
         """The comparison of a sweep's folder; None where there is none. Raises ImbvlmError for a damaged file."""
-        fix = f"Remove it and go on with: imbvlm sweep resume {folder}"
-        return read_json(storage.join(folder, UPDATE_FILE), _parse, fix)
+        return read_json(storage.join(folder, UPDATE_FILE), _parse, resume_fix(folder))
 
     @property
     def verdict(self) -> str:

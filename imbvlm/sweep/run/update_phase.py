@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 
@@ -18,7 +20,7 @@ from imbvlm.sweep.export.exporter import export_sweep
 from imbvlm.sweep.export.trial_export import MODEL_FOLDER
 from imbvlm.sweep.records.provenance import data_changes, has_rows_of
 from imbvlm.sweep.records.sweep_folder import read_spec
-from imbvlm.sweep.records.trial_log import DELIVERED, TrialLog
+from imbvlm.sweep.records.trial_log import DELIVERED, TrialLog, refit_folder
 from imbvlm.sweep.report.update_comparison import BALANCED, ComparedClass, NewClass, UpdateComparison
 from imbvlm.sweep.run.sweep_run import SweepRun
 from imbvlm.sweep.spec.manifest_path import locate_manifest
@@ -50,7 +52,7 @@ def compare_with_earlier(run: SweepRun) -> None:
     comparison.write(run.folder)
 
 
-def _compare(run: SweepRun, earlier: str, delivered: str | None) -> UpdateComparison:
+def _compare(run: SweepRun, earlier: str, delivered: str) -> UpdateComparison:
     now = run.manifest
     if "test" not in now.splits:
         raise ImbvlmError("the data has no test split. Hold images out with `imbvlm manifest build --test-share 0.2`.")
@@ -75,9 +77,7 @@ def _compare(run: SweepRun, earlier: str, delivered: str | None) -> UpdateCompar
     is_read = answers != NO_ANSWER
     answers_before[is_read] = _earlier_answers(run, earlier, before, keys_before, rows[is_read], keys)
     comparison = compare_answers(before, now, rows, answers_before, answers)
-    return UpdateComparison(
-        **{**vars(comparison), "earlier": earlier, "delivered": delivered, "num_seen": int((~is_unseen).sum())}
-    )
+    return replace(comparison, earlier=earlier, delivered=delivered, num_seen=int((~is_unseen).sum()))
 
 
 def compare_answers(
@@ -120,12 +120,13 @@ def compare_answers(
     )
 
 
-def _delivered(log: TrialLog) -> str | None:
-    return next((record.trial_id for record in log.of("delivered") if record.name == DELIVERED), None)
+def _delivered(log: TrialLog) -> str:
+    """The id of the delivered model's record; empty in sweeps without one."""
+    return next((record.trial_id for record in log.of("delivered") if record.name == DELIVERED), "")
 
 
-def _test_predictions(folder: str, trial_id: str | None) -> TestPredictions | None:
-    return None if trial_id is None else TestPredictions.read(storage.join(folder, "refits", trial_id))
+def _test_predictions(folder: str, trial_id: str) -> TestPredictions | None:
+    return TestPredictions.read(refit_folder(folder, trial_id)) if trial_id else None
 
 
 def _image_keys(root: str, table: pa.Table) -> list[bytes]:

@@ -108,7 +108,7 @@ def test_the_hub_reads_the_card_with_its_metrics_and_license(tmp_path: Path) -> 
 def test_the_card_says_why_probabilities_are_not_calibrated(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "made", COUNTS)
     assert "Probabilities are calibrated on validation images" in card(folder)
-    text = card(folder, calibration_doubt=uncalibrated_note(1))
+    text = card(folder, uncalibrated=uncalibrated_note(1))
     assert "Probabilities are not calibrated: 1 class with 1 to 3 validation images; an image of none" in text
 
 
