@@ -32,11 +32,6 @@ class Folds:
         """Manifest row numbers of all validation rows, fold after fold."""
         return np.concatenate([fold.val for fold in self.folds]) if self.folds else np.empty(0, dtype=np.int64)
 
-    @property
-    def parts(self) -> Rows:
-        """The fold (N,) of each of `val_rows`."""
-        return np.repeat(np.arange(len(self.folds)), [len(fold.val) for fold in self.folds])
-
 
 def fold_pairs(folds: Folds) -> tuple[Fold, ...]:
     """A fold for each two of the folds, whose models see neither: how accuracy grows with the training images."""

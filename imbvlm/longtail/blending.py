@@ -69,15 +69,12 @@ class BlendDecision:
 class Blend:
     """The weighted mean of members' logits, each divided by its temperature; a single head is a blend of one.
 
-    Its selection was allowed `num_passes` passes, 0 for a single head. `left_out` are candidates whose logits are not
-    finite.
+    Its selection was allowed `num_passes` passes, 0 for a single head.
     """
 
     members: tuple[BlendMember, ...]
-    log_likelihood: float
     num_passes: int
     decisions: tuple[BlendDecision, ...]
-    left_out: tuple[str, ...]
 
     def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
         """As `blended_logits`, of this blend's members."""
@@ -100,11 +97,8 @@ class BlendPool:
     What depends on picks alone is remembered, so that selections on parts and resamples of the rows share it.
     """
 
-    def __init__(
-        self, candidates: Sequence[Candidate], targets: Tensor, temperatures: Sequence[float], left_out: Sequence[str]
-    ) -> None:
-        self.candidates, self.targets = tuple(candidates), targets
-        self.temperatures, self.left_out = tuple(temperatures), tuple(left_out)
+    def __init__(self, candidates: Sequence[Candidate], targets: Tensor, temperatures: Sequence[float]) -> None:
+        self.candidates, self.targets, self.temperatures = tuple(candidates), targets, tuple(temperatures)
         self._extensions: dict[Picks, Tensor] = {}
         self._blocks: list[tuple[slice, Tensor]] | None = None
 
@@ -124,8 +118,7 @@ class BlendPool:
             raise ImbvlmError("a blend needs a candidate with finite logits, got none.")
         row_weights = balanced_row_weights(targets)
         temperatures = [best_temperature(candidate.logits, targets, row_weights=row_weights) for candidate in finite]
-        finite_names = {candidate.name for candidate in finite}
-        return BlendPool(finite, targets, temperatures, [name for name in names if name not in finite_names])
+        return BlendPool(finite, targets, temperatures)
 
     def strongest(self, number: int) -> BlendPool:
         """The pool of so many candidates with the highest class-balanced log-likelihood."""
@@ -136,7 +129,7 @@ class BlendPool:
         candidates, temperatures = (
             [values[index] for index in chosen] for values in (self.candidates, self.temperatures)
         )
-        return BlendPool(candidates, self.targets, temperatures, self.left_out)
+        return BlendPool(candidates, self.targets, temperatures)
 
     def select(self, row_weights: Tensor, num_passes: int, max_members: int = MAX_MEMBERS) -> Picks:
         """The best candidate by weighted log-likelihood for `num_passes` 0, else the best blend of so many passes.
@@ -243,10 +236,8 @@ def select_blend(pool: BlendPool, parts: Tensor, *, max_members: int = MAX_MEMBE
     picks = pool.select(row_weights, chosen, max_members)
     return Blend(
         members=_members(pool, picks, row_weights),
-        log_likelihood=float(row_weights @ pool.log_likelihoods(picks).double()),
         num_passes=chosen,
         decisions=tuple(decisions),
-        left_out=pool.left_out,
     )
 
 

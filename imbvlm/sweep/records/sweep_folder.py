@@ -18,7 +18,16 @@ from imbvlm.sweep.records.budget import read_spent
 from imbvlm.sweep.records.difference import splits_of
 from imbvlm.sweep.records.provenance import data_size, plugin_digests, require_sweep_plugins
 from imbvlm.sweep.records.summary_tables import METRICS, encoder_notes, pareto_records, rank_metrics
-from imbvlm.sweep.records.trial_log import DELIVERED, SPEC_FILE, WINNER, TrialLog, TrialRecord, last_values, name_rank
+from imbvlm.sweep.records.trial_log import (
+    DELIVERED,
+    SPEC_FILE,
+    WINNER,
+    TrialLog,
+    TrialRecord,
+    last_values,
+    name_rank,
+    resume_fix,
+)
 from imbvlm.sweep.spec.sampler_registry import SAMPLERS
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import POST_HOC, TEST
@@ -270,8 +279,7 @@ def read_gap(folder: str) -> GapReport | None:
         worst = tuple((str(name), int(number), float(share)) for name, number, share in data["worst"])
         return GapReport(**{**data, "interval": interval, "worst": worst})
 
-    fix = f"Remove it; this writes it again: imbvlm sweep resume {folder}"
-    return read_json(storage.join(folder, GAP_FILE), parse, fix)
+    return read_json(storage.join(folder, GAP_FILE), parse, resume_fix(folder))
 
 
 @dataclass(frozen=True)
@@ -301,7 +309,7 @@ def read_suspects(folder: str) -> list[SuspectLabel] | None:
     uri = storage.join(folder, SUSPECTS_FILE)
     if not storage.exists(uri):
         return None
-    with damage_named(f"{uri} is damaged", f"Remove it; this writes it again: imbvlm sweep resume {folder}"):
+    with damage_named(f"{uri} is damaged", resume_fix(folder)):
         _, *rows = read_rows(storage.read_bytes(uri).decode())
         return [
             SuspectLabel(image, int(row), split, given, looks_like, float(own), float(other))
