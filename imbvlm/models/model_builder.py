@@ -176,16 +176,26 @@ def build_feature_classifier(
     config: TrialConfig, inputs: ModelInputs, encoder: Encoder | None, device: torch.device
 ) -> nn.Module:
     """A classifier, behind a decoder if the trial has one, started as classifier.init says; raises ImbvlmError."""
-    decoder, width = _decoder(config, inputs.info, inputs.encoder_tensors)
-    init_weight = _initial_weight(config, inputs, decoder.to(device), width, device)
-    return FeatureClassifier(decoder, _classifier(config, width, len(inputs.class_names), init_weight))
+    return build_behind(*_decoder(config, inputs.info, inputs.encoder_tensors), config, inputs, device)
 
 
 def restore_feature_classifier(
     config: TrialConfig, info: EncoderInfo, num_classes: int, tensors: Mapping[str, Tensor]
 ) -> nn.Module:
     """A classifier of the exported shapes, with what its second stage puts in its place."""
-    decoder, width = _decoder(config, info, {})
+    return restore_behind(*_decoder(config, info, {}), config, num_classes)
+
+
+def build_behind(
+    decoder: nn.Module, width: int, config: TrialConfig, inputs: ModelInputs, device: torch.device
+) -> FeatureClassifier:
+    """A classifier behind a module that gives (B, width), started as classifier.init says; raises ImbvlmError."""
+    init_weight = _initial_weight(config, inputs, decoder.to(device), width, device)
+    return FeatureClassifier(decoder, _classifier(config, width, len(inputs.class_names), init_weight))
+
+
+def restore_behind(decoder: nn.Module, width: int, config: TrialConfig, num_classes: int) -> FeatureClassifier:
+    """The same of the exported shapes, with what its second stage puts in the classifier's place."""
     classifier, stage = _classifier(config, width, num_classes), config.second_stage
     return FeatureClassifier(decoder, classifier if stage is None else stage_module(stage, classifier))
 

@@ -86,7 +86,7 @@ class HubFile:
             return _download(self.repository, name, self.revision)
         except LocalEntryNotFoundError as error:
             cause = str(error.__cause__ or error).splitlines()[0]
-            raise ImbvlmError(offline_sentence(encoder, [self], self.address, cause)) from None
+            raise ImbvlmError(offline_sentence(encoder, [self], self.address, _no_answer(cause))) from None
         except EntryNotFoundError:
             return None
         except _DamagedError:
@@ -122,18 +122,18 @@ class _DamagedError(Exception):
 
 
 def unreachable(address: str) -> str | None:
-    """Why a server can't be reached, or None where it answers with anything; takes seconds, not retries."""
+    """What a server fails to do and why, or None where it answers with anything; takes seconds, not retries."""
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
+        return "was not asked, since HF_HUB_OFFLINE is set"
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_PROBE_SECONDS):
             return None
     except urllib.error.HTTPError:
         return None
     except urllib.error.URLError as error:
-        return str(error.reason)
+        return _no_answer(error.reason)
     except (OSError, ValueError) as error:
-        return str(error)
+        return _no_answer(error)
 
 
 def fetch_command(encoder: str) -> str:
@@ -142,10 +142,10 @@ def fetch_command(encoder: str) -> str:
 
 
 def offline_sentence(encoder: str, files: Sequence[HubFile], address: str, cause: str) -> str:
-    """Which files of an encoder are missing, why they can't be fetched, and both ways to bring them here."""
+    """Which files of an encoder are missing, `unreachable`'s cause, and both ways to bring them here."""
     folders = dict.fromkeys(f"models--{file.repository.replace('/', '--')}" for file in files)
     return (
-        f"{encoder} needs {'; '.join(map(str, files))}, not cached here, and {address} doesn't answer ({cause}). "
+        f"{encoder} needs {'; '.join(map(str, files))}, not cached here, and {address} {cause}. "
         f"Where there is a network run `{fetch_command(encoder)}`, copy DIR here, and set encoder.name: "
         f"local-dir:DIR. Or copy {' and '.join(folders)} of that machine's cache to {constants.HF_HUB_CACHE} "
         "(HF_HOME sets another place; HF_HUB_OFFLINE=1 then asks no server). Behind a mirror or a proxy set "
@@ -165,6 +165,10 @@ def _download(repository: str, name: str, revision: str) -> str:
             Path(path).unlink(missing_ok=True)
             raise _DamagedError
     return path
+
+
+def _no_answer(reason: object) -> str:
+    return f"doesn't answer ({reason})"
 
 
 def _token_fix() -> str:

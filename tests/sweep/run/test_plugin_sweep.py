@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from documented_plugins import documented
 from faulty_sweep import NUM_TRIALS, Sweep, wait_gone, write_manifest
+from own_plugin import write_own_plugin
 from quickstart_sweep import imbvlm
+from towers import write_tower
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SPACE = {"parameters": {"loss.name": {"choice": ["poly1", "focal"]}, "optim.lr": {"choice": [0.05, 0.2, 0.5]}}}
@@ -49,6 +51,38 @@ def test_a_sweep_with_a_plug_in_is_killed_resumed_refused_and_read(tmp_path: Pat
         imbvlm(*asked, "--plugin", str(sweep.path / "plugins" / "losses.py"), cwd=tmp_path)
     # Prediction needs no loss.
     assert "0.png" in imbvlm("predict", str(tmp_path / "model"), str(_photo(tmp_path)), cwd=tmp_path)
+
+
+def test_a_package_with_a_loss_a_method_an_encoder_and_a_sampler_is_killed_resumed_and_predicts(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "manifest.parquet")
+    write_tower(tmp_path / "tower", "vit")
+    package = write_own_plugin(tmp_path / "code", tmp_path / "tower")
+    space = {"parameters": {"loss.name": {"choice": ["gce", "focal"]}, "optim.lr": {"choice": [0.05, 0.2, 0.5]}}}
+    sweep = Sweep(
+        tmp_path, tmp_path / "manifest.parquet", space=space, plugins=[str(package)], searcher={"name": "round_robin"}
+    )
+    base = {**sweep.spec().base, "encoder": {"name": "my_tower"}, "method": "gated_pool"}
+    sweep.change(base=base)
+    sweep.start(environment=ALONE)
+    sweep.wait_for(lambda: sweep.num_ended() >= 1)
+    assert sweep.process is not None
+    os.kill(sweep.process.pid, signal.SIGKILL)
+    wait_gone(sweep.process.pid)
+    heads = package / "heads.py"
+    heads.write_text(heads.read_text().replace(".softmax(dim=1)", ".sigmoid()"))
+    assert "the plug-in own/heads.py has changed (@@" in sweep.run("--resume", code=1, environment=ALONE)
+    heads.write_text(heads.read_text().replace(".sigmoid()", ".softmax(dim=1)"))
+    printed = sweep.run("--resume", environment=ALONE)
+    # Every value in its turn gives each configuration once.
+    draws = [(record["draw"]["loss.name"], record["draw"]["optim.lr"]) for record in sweep.finished().values()]
+    assert len(set(draws)) == len(draws) == NUM_TRIALS
+    assert "my_tower is licensed for non-commercial use only" in printed
+    assert "my_tower was pretrained on the same shirts" in (sweep.path / "report.html").read_text()
+    named = ("--plugin", str(package))
+    imbvlm("export", str(sweep.path), "--top", "1", "-o", str(tmp_path / "model"), *named, cwd=tmp_path)
+    photo = ("predict", str(tmp_path / "model"), str(_photo(tmp_path)))
+    assert "its code runs only where you name it" in imbvlm(*photo, cwd=tmp_path, code=1)
+    assert "0.png" in imbvlm(*photo, *named, cwd=tmp_path)
 
 
 def test_a_plug_in_that_does_not_run_in_workers_fails_each_trial_once_with_the_cause(tmp_path: Path) -> None:
