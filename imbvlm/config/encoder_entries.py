@@ -157,6 +157,12 @@ def find_entry(name: str) -> EncoderEntry | None:
     return entry
 
 
+def published_name(name: str) -> str:
+    """An encoder's name on a machine without plug-ins: the whole one where a plug-in has given it a short one."""
+    entry = ENCODERS.get(name)
+    return name if entry is None or name in ENCODERS.own else entry.name
+
+
 def score_notes(names: Iterable[str], benchmark: str) -> list[str]:
     """Sentences that belong beside scores: encoders that have seen the data, and those not for commercial use."""
     notes = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.config.encoder_entries import ORIGIN_KEY, Loader
+from imbvlm.config.encoder_entries import ORIGIN_KEY, Loader, published_name
 from imbvlm.config.input_sections import LOCAL_DIR
 from imbvlm.models.encoders.hub_files import HubFile, fetch_command, offline_sentence, unreachable
 
@@ -126,7 +126,7 @@ class EncoderSource:
     def origin(self) -> Origin | None:
         """The published encoder that the weights on this machine are of; None for the user's own."""
         path = None if self.hub is None or self.weights is not None else self.hub.cached()
-        return self.stated_origin if path is None else Origin(self.name, Path(path).parent.name)
+        return self.stated_origin if path is None else Origin(published_name(self.name), Path(path).parent.name)
 
     @property
     def needs_transformers(self) -> bool:

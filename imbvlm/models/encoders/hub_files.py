@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from imbvlm.base.errors import ImbvlmError, end_sentence
+from imbvlm.config.encoder_entries import published_name
 
 _PROBE_SECONDS = 10.0
 # The name of a large file in the cache is its hash; small ones have git's.
@@ -138,7 +139,7 @@ def unreachable(address: str) -> str | None:
 
 def fetch_command(encoder: str) -> str:
     """The command that writes an encoder into a folder, to be carried to a machine without a network."""
-    return f"imbvlm encoder fetch {encoder} -o DIR"
+    return f"imbvlm encoder fetch {published_name(encoder)} -o DIR"
 
 
 def offline_sentence(encoder: str, files: Sequence[HubFile], address: str, cause: str) -> str:

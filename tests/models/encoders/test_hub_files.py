@@ -13,10 +13,12 @@ from hub_server import Hub, use_hub
 from towers import write_tower
 
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.plugin_files import use_plugins
 from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
 from imbvlm.models.encoders.encoder_registry import has_text, resolve_encoder
+from imbvlm.models.encoders.encoder_source import Origin
 from imbvlm.models.encoders.hub_files import HubFile
 from imbvlm.models.encoders.open_clip_text import tokenizer_folder
 
@@ -228,6 +230,25 @@ def test_offline_it_says_what_is_missing_and_how_to_get_it(
     with pytest.raises(ImbvlmError) as raised:
         load("hf-hub:org/repo")
     assert str(raised.value) == problem
+
+
+def test_a_short_name_of_a_plug_in_is_fetched_by_its_whole_name(
+    hub: Hub, towers: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The machine that has a network lacks the plug-in."""
+    hub.add("org/repo", towers["vit"])
+    (tmp_path / "mine.py").write_text(
+        "from imbvlm.config.encoder_entries import EncoderEntry\n"
+        "ENCODERS = {'mine': EncoderEntry('hf-hub:org/repo', None, 'mine')}\n"
+    )
+    with use_plugins(str(tmp_path / "mine.py")):
+        with monkeypatch.context() as offline:
+            offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            with pytest.raises(ImbvlmError, match=r"mine needs .* run `imbvlm encoder fetch hf-hub:org/repo -o DIR`"):
+                load("mine")
+        load("mine").save(str(tmp_path / "out"))
+    folder = resolve_encoder(EncoderConfig(name=f"local-dir:{tmp_path / 'out'}"))
+    assert folder.origin == Origin("hf-hub:org/repo", FIRST)
 
 
 def test_a_copied_cache_is_read_where_it_is_said_to_lie(

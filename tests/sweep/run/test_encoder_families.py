@@ -31,7 +31,9 @@ def command(*arguments: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kind", ["resnet", "timm_eva_map", "timm_siglip", "timm_fastvit", "timm_vit", "image_only_dinov3"])
+@pytest.mark.parametrize(
+    "kind", ["resnet", "timm_eva_map", "timm_siglip", "timm_fastvit", "timm_vit", "image_only_dinov3"]
+)
 def test_a_smoke_sweep_and_its_model(ray_cluster: str, tmp_path: Path, kind: str) -> None:
     image_manifest(tmp_path / "images")
     name = write_tower(tmp_path / "encoder", kind)

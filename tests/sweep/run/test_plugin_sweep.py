@@ -14,6 +14,8 @@ from own_plugin import write_own_plugin
 from quickstart_sweep import imbvlm
 from towers import write_tower
 
+from imbvlm.base.plugin_files import use_plugins
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SPACE = {"parameters": {"loss.name": {"choice": ["poly1", "focal"]}, "optim.lr": {"choice": [0.05, 0.2, 0.5]}}}
 ALONE = {"RAY_ADDRESS": "local"}
@@ -58,11 +60,10 @@ def test_a_package_with_a_loss_a_method_an_encoder_and_a_sampler_is_killed_resum
     write_tower(tmp_path / "tower", "vit")
     package = write_own_plugin(tmp_path / "code", tmp_path / "tower")
     space = {"parameters": {"loss.name": {"choice": ["gce", "focal"]}, "optim.lr": {"choice": [0.05, 0.2, 0.5]}}}
-    sweep = Sweep(
-        tmp_path, tmp_path / "manifest.parquet", space=space, plugins=[str(package)], searcher={"name": "round_robin"}
-    )
+    sweep = Sweep(tmp_path, tmp_path / "manifest.parquet", space=space, plugins=[str(package)])
     base = {**sweep.spec().base, "encoder": {"name": "my_tower"}, "method": "gated_pool"}
-    sweep.change(base=base)
+    with use_plugins(str(package)):
+        sweep.change(base=base, searcher={"name": "round_robin"})
     sweep.start(environment=ALONE)
     sweep.wait_for(lambda: sweep.num_ended() >= 1)
     assert sweep.process is not None
