@@ -10,11 +10,18 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
+from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
 from timm.models.efficientnet import EfficientNet
+from timm.models.efficientvit_mit import EfficientVit
 from timm.models.eva import Eva, EvaBlock
+from timm.models.fastvit import FastVit
+from timm.models.maxxvit import MaxxVit
+from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.naflexvit import NaFlexVit
 from timm.models.resnet import ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
@@ -137,8 +144,11 @@ def _resnet_resize(image_tower: Any, image_size: int) -> None:
 # ---------------------------------------------------------------------------------------------- timm's trunks
 
 
-# timm's classes that image-only encoders may be of.
-TIMM_TRUNKS: tuple[type[nn.Module], ...] = (TimmVisionTransformer, Eva, ConvNeXt, ResNet, EfficientNet)
+# timm's classes that image-only encoders may be of: their tokens, or positions of a map, come row by row.
+TIMM_TRUNKS: tuple[type[nn.Module], ...] = (
+    TimmVisionTransformer, Eva, Beit, SwinTransformer, SwinTransformerV2, MaxxVit, ConvNeXt, ResNet, EfficientNet,
+    MobileNetV3, FastVit, EfficientVit,
+)  # fmt: skip
 
 
 class TimmTower(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import timm
 import torch
 from exported_model import write_model_folder
 from safetensors.torch import load_file, save_file
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from towers import write_tower
 
 from imbvlm.base.errors import ImbvlmError
@@ -20,6 +25,7 @@ from imbvlm.config.input_sections import EncoderConfig, EvalConfig
 from imbvlm.inference.model_folder import load as load_model
 from imbvlm.models.encoders.encoder import Encoder
 from imbvlm.models.encoders.encoder_factory import create_encoder, describe_encoder
+from imbvlm.models.encoders.encoder_outputs import TimmTower, visual_rules
 from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.models.encoders.hub_files import HubFile
 
@@ -175,3 +181,39 @@ def test_weights_that_are_a_pickle_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "encoder" / "model.safetensors").write_bytes(pickle.dumps(print).ljust(size))
     with pytest.raises(ImbvlmError, match="can't load the encoder"):
         load(name)
+
+
+TRUNKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "beit": lambda: Beit(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=0, use_rel_pos_bias=True),
+    "swin": lambda: SwinTransformer(64, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=0),
+    "swin_v2": lambda: SwinTransformerV2(
+        64, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=0
+    ),
+    **{
+        name: partial(timm.create_model, name, num_classes=0)
+        for name in ("mobilenetv4_conv_small_035", "fastvit_t8", "efficientvit_b0", "maxvit_rmlp_pico_rw_256")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_outputs_of_each_known_class_are_timms(kind: str) -> None:
+    trunk: Any = TRUNKS[kind]().eval()
+    size = {"beit": 32, "maxvit_rmlp_pico_rw_256": 256}.get(kind, 64)
+    tower = TimmTower(trunk, size)
+    with torch.no_grad():
+        pixels = torch.randn(2, 3, size, size)
+        tokens, pooled, embedding = visual_rules(tower, kind).outputs(tower, pixels)
+        features = trunk.forward_features(pixels)
+        torch.testing.assert_close(pooled, trunk(pixels))
+    assert embedding is None
+    if features.ndim == 4:
+        features = (features if kind.startswith("swin") else features.permute(0, 2, 3, 1)).flatten(1, 2)
+    # Beit's norm stands behind its mean.
+    torch.testing.assert_close(tokens, features)
+
+
+def test_a_class_whose_tokens_lie_in_another_order_is_refused() -> None:
+    tower = TimmTower(timm.create_model("hiera_tiny_224", num_classes=0, embed_dim=16, stages=(1, 1, 1, 1)), 224)
+    with pytest.raises(ImbvlmError, match=r"it is timm's Hiera; known without text are timm's VisionTransformer, Eva"):
+        visual_rules(tower, "hiera")
