@@ -270,9 +270,10 @@ def _timm_blocks(image_tower: Any) -> dict[str, nn.Module]:
 
 
 def _timm_resize(image_tower: Any, image_size: int) -> None:
-    patch = getattr(getattr(image_tower.trunk, "patch_embed", None), "patch_size", None)
-    if patch is not None and image_size % patch[0]:
-        raise ImbvlmError(_not_a_multiple(image_size, patch[0], "patches"))
+    # Of patches behind convolutions `patch_size` is 1, and what is over would be cut off.
+    feat_ratio = getattr(getattr(image_tower.trunk, "patch_embed", None), "feat_ratio", None)
+    if feat_ratio is not None and image_size % (step := feat_ratio()):
+        raise ImbvlmError(_not_a_multiple(image_size, step, "patches"))
     if hasattr(image_tower.head, "pool"):
         raise ImbvlmError(
             f"encoder.image_size is {image_size}, and this encoder's attention pool fits its own size only. "

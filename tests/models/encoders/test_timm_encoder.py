@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from towers import write_tower
 
 from imbvlm.base.errors import ImbvlmError
@@ -183,7 +185,16 @@ def test_weights_that_are_a_pickle_are_not_read(tmp_path: Path) -> None:
         load(name)
 
 
+def vit_behind_convolutions() -> torch.nn.Module:
+    """As MobileCLIP 2's B."""
+    stem = ConvStem(channels=(8, 8, 32), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=torch.nn.GELU)
+    size: dict[str, Any] = {"img_size": 64, "patch_size": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    embed = partial(HybridEmbed, backbone=stem, proj=False)
+    return VisionTransformer(**size, num_classes=0, no_embed_class=True, embed_layer=embed)
+
+
 TRUNKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "vit_behind_convolutions": vit_behind_convolutions,
     "beit": lambda: Beit(32, 8, embed_dim=32, depth=2, num_heads=2, num_classes=0, use_rel_pos_bias=True),
     "swin": lambda: SwinTransformer(64, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=0),
     "swin_v2": lambda: SwinTransformerV2(
@@ -210,7 +221,17 @@ def test_outputs_of_each_known_class_are_timms(kind: str) -> None:
     if features.ndim == 4:
         features = (features if kind.startswith("swin") else features.permute(0, 2, 3, 1)).flatten(1, 2)
     # Beit's norm stands behind its mean.
-    torch.testing.assert_close(tokens, features)
+    norm = trunk.norm if kind == "vit_behind_convolutions" else torch.nn.Identity()
+    torch.testing.assert_close(norm(tokens), features)
+
+
+def test_patches_behind_convolutions_fill_the_image() -> None:
+    tower = TimmTower(vit_behind_convolutions(), 64)
+    rules = visual_rules(tower, "vit")
+    rules.resize(tower, 96)
+    assert rules.outputs(tower, torch.zeros(1, 3, 96, 96)).tokens.shape[1] == 1 + 6 * 6
+    with pytest.raises(ImbvlmError, match=r"no multiple of this encoder's patches of 16 px; use 64 or 80"):
+        rules.resize(tower, 70)
 
 
 def test_a_class_whose_tokens_lie_in_another_order_is_refused() -> None:

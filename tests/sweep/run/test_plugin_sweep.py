@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -80,8 +81,14 @@ def test_a_package_with_a_loss_a_method_an_encoder_and_a_sampler_is_killed_resum
     assert "my_tower is licensed for non-commercial use only" in printed
     assert "my_tower was pretrained on the same shirts" in (sweep.path / "report.html").read_text()
     named = ("--plugin", str(package))
-    imbvlm("export", str(sweep.path), "--top", "1", "-o", str(tmp_path / "model"), *named, cwd=tmp_path)
-    photo = ("predict", str(tmp_path / "model"), str(_photo(tmp_path)))
+    # More than there are baselines.
+    imbvlm("export", str(sweep.path), "--top", "6", "-o", str(tmp_path / "models"), *named, cwd=tmp_path)
+    methods = {
+        path: json.loads(path.read_text())["config"]["method"]
+        for path in (tmp_path / "models").glob("*/model/config.json")
+    }
+    model = next(path.parents[1] for path, method in methods.items() if method == "gated_pool")
+    photo = ("predict", str(model), str(_photo(tmp_path)))
     assert "its code runs only where you name it" in imbvlm(*photo, cwd=tmp_path, code=1)
     assert "0.png" in imbvlm(*photo, *named, cwd=tmp_path)
 
