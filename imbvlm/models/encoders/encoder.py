@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -86,6 +87,7 @@ class Encoder(Protocol):
     def check(self) -> None:
         """Compare the outputs with the library's own on a synthetic image; raises ImbvlmError."""
 
+    @abstractmethod
     def save(self, folder: str) -> None:
         """Write a folder that `local-dir:` reads without a download, at the present image size."""
 

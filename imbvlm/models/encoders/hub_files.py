@@ -123,7 +123,10 @@ class _DamagedError(Exception):
 
 
 def unreachable(address: str) -> str | None:
-    """What a server fails to do and why, or None where it answers with anything; takes seconds, not retries."""
+    """The end of a sentence about a server that can't be reached, with the cause; None where it answers with anything.
+
+    Takes seconds, and doesn't retry.
+    """
     if constants.HF_HUB_OFFLINE:
         return "was not asked, since HF_HUB_OFFLINE is set"
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
@@ -23,7 +23,7 @@ from imbvlm.config.encoder_entries import ORIGIN_KEY
 from imbvlm.config.encoder_info import ComputeDtype, EncoderInfo
 from imbvlm.config.input_sections import MAX_IMAGE_SIZE, EncoderConfig, EvalConfig
 from imbvlm.data.images.preprocess import Preprocess
-from imbvlm.models.encoders.encoder import TextEncoder
+from imbvlm.models.encoders.encoder import Encoder, TextEncoder
 from imbvlm.models.encoders.encoder_outputs import EncoderOutput, FinalNorm, num_registers, visual_rules
 from imbvlm.models.encoders.encoder_source import EncoderSource, Origin
 from imbvlm.models.encoders.token_pooling import pooling_matrix
@@ -38,7 +38,7 @@ BUILD_ERRORS = (
 MAX_DIFFERENCE: Mapping[ComputeDtype, float] = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
-class ImageEncoder(ABC):
+class ImageEncoder(Encoder):
     """The image side that implementations of `Encoder` share; each builds, names and saves its library's model.
 
     `model` is the library's whole model, `source` what its name means.
@@ -97,10 +97,6 @@ class ImageEncoder(ABC):
     @abstractmethod
     def own_output(self, pixels: Tensor) -> Tensor:
         """The last output as the library itself computes it of normalized pixels (B, 3, S, S)."""
-
-    @abstractmethod
-    def save(self, folder: str) -> None:
-        """Write a folder that `local-dir:` reads without a download, at the present image size."""
 
     # -------------------------------------------------------------------------------------- loading and describing
 
@@ -185,7 +181,6 @@ class ImageEncoder(ABC):
     # ------------------------------------------------------------------------------------------------ image side
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the encoder to another device and return it."""
         self.model.to(device)
         self.device = next(self.model.parameters()).device
         self._scale, self._shift = self._scale.to(self.device), self._shift.to(self.device)
@@ -271,23 +266,18 @@ class ImageEncoder(ABC):
         return torch.addcmul(self._shift, pixels, self._scale)
 
     def pixel_scale(self) -> tuple[Tensor, Tensor]:
-        """Factor and summand (1, 3, 1, 1) that turn crops in bytes into the image tower's input."""
         return self._scale, self._shift
 
     def blocks(self) -> dict[str, nn.Module]:
-        """The modules that images pass one after another, by their names in the image tower; empty where unknown."""
         return self.rules.blocks(self.image_tower)
 
     def final_norm(self) -> FinalNorm | None:
-        """The layer norm behind the last block; None where there is none."""
         return self.rules.final_norm(self.image_tower)
 
     def projection(self) -> Tensor | None:
-        """Matrix (P, E) with pooled @ projection = image_embedding up to a constant; None where it is not linear."""
         return self.rules.projection(self.image_tower)
 
     def check(self) -> None:
-        """Compare the outputs with the library's own on a synthetic image; raises ImbvlmError."""
         pixels = self.normalize(self._synthetic_image())
         with torch.inference_mode():
             expected = self.own_output(pixels).float()
