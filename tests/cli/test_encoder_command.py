@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,7 @@ import pytest
 import timm
 import torch
 from command_line import run_command
-from hub_server import Hub, hub_server, use_hub
+from hub_server import Hub, use_hub
 from safetensors.torch import save_file
 from tiny_images import extraction_in_this_process
 from towers import write_tower
@@ -30,37 +25,6 @@ from imbvlm.models.encoders.encoder_factory import create_encoder
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with use_hub(monkeypatch, tmp_path / "cache") as hub:
         yield hub
-
-
-def imbvlm(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "imbvlm", *arguments],
-        env={**os.environ, **settings}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_following_an_offline_message_to_its_end_gives_the_encoder(tmp_path: Path) -> None:
-    write_tower(tmp_path / "tower", "vit")
-    with hub_server() as hub:
-        hub.add("org/repo", tmp_path / "tower")
-        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "there")}
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "here")}
-        refused = imbvlm("doctor", str(tmp_path), "--encoder", "hf-hub:org/repo", **offline)
-        assert refused.returncode == 1
-        command = re.search(r"run `imbvlm (encoder fetch .*?)`", refused.stdout)
-        assert command is not None, refused.stdout
-        folder = tmp_path / "carried"
-        fetched = imbvlm(*shlex.split(command[1].replace("DIR", str(folder))), **online)
-        assert fetched.returncode == 0, fetched.stderr
-        assert f"encoder.name: local-dir:{folder}" in fetched.stdout
-        there = imbvlm("doctor", str(tmp_path), "--encoder", f"local-dir:{folder}", "--json", **offline)
-        assert json.loads(there.stdout)[-1]["state"] == "ok"
-    info = create_encoder(EncoderConfig(name=f"local-dir:{folder}"), EvalConfig()).info
-    first = create_encoder(EncoderConfig(name=f"local-dir:{tmp_path / 'tower'}"), EvalConfig()).info
-    # Stored features of the one are those of the other.
-    assert info.weights_fingerprint == first.weights_fingerprint
-    assert info.revision == "a" * 40
 
 
 @pytest.mark.parametrize("kind", ["timm_siglip", "image_only_vit"])
