@@ -6,14 +6,17 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import s3_server
 from benchmark_lists import spread, write_lists
+from documented_plugins import PAGES as PLUGIN_PAGES
 from documented_plugins import documented
 from towers import write_tower
 
@@ -105,13 +108,22 @@ RUN_HERE = (
     "guides/taxonomies.md",
 )
 COMPARING, GPU_BOX, S3 = "guides/comparing-encoders.md", "guides/gpu-box.md", "guides/s3-and-clusters.md"
+INTERRUPTED, MONITORING = "guides/interrupted-sweeps.md", "guides/monitoring.md"
 # Launching has a page of its own, whose commands need a cluster.
 LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |imbvlm check-cluster ")
 
 
-def test_every_page_with_commands_is_run_by_a_test() -> None:
-    # Contributing's are checked by tests/test_repository.py.
-    assert {page for page, text in PAGES.items() if code_blocks(text)} == {*RUN_HERE, COMPARING, GPU_BOX, S3}
+def test_every_page_with_code_is_run_by_a_test() -> None:
+    # Two pages of the site are files of other folders. tests/test_repository.py checks CONTRIBUTING's commands. Those of
+    # cluster/README.md need AWS, Kubernetes or Slurm; tests/ray_runtime/test_launch.py does the same on loopback.
+    with_commands = {page for page, text in PAGES.items() if code_blocks(text)}
+    assert with_commands == {*RUN_HERE, COMPARING, GPU_BOX, S3, INTERRUPTED, MONITORING}
+    with_python = {page for page, text in PAGES.items() if code_blocks(text, "python")}
+    plugins = {page.relative_to(DOCS).as_posix() for page in PLUGIN_PAGES}
+    assert with_python == {"guides/models.md", MONITORING, *plugins}
+    generated = [page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md")]
+    languages = set(re.findall(r"^ *```(.+)$", "\n".join([README, *PAGES.values(), *generated]), re.MULTILINE))
+    assert languages == {"bash", "python", "json", "yaml", "text"}
 
 
 def test_the_readmes_commands_are_those_of_pages_that_run() -> None:
@@ -154,19 +166,34 @@ def newest_in(folder: Path) -> str:
     return max((folder / "runs").glob("quickstart-*"), key=lambda path: path.stat().st_mtime).name
 
 
+def settings(environment: dict[str, str] | None = None) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(environment or {})}
+
+
 def run_commands(
     lines: list[str],
     folder: Path,
     environment: dict[str, str] | None = None,
     newest: Callable[[Path], str] = newest_in,
-) -> None:
-    bin_folder = str(Path(sys.executable).parent)
-    full = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", **(environment or {})}
+) -> list[str]:
+    """What each of them says on standard output."""
+    texts = []
     for line in lines:
         if "quickstart-..." in line:
             line = line.replace("quickstart-...", newest(folder))
-        done = subprocess.run(shlex.split(line), cwd=folder, env=full, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            shlex.split(line), cwd=folder, env=settings(environment), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        texts.append(done.stdout)
+    return texts
+
+
+def run_python(code: str, folder: Path) -> str:
+    code = code.replace("quickstart-...", newest_in(folder))
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +286,56 @@ def test_commands_of_images_in_s3_run_on_a_server_of_this_machine(clone: Path, t
 def test_the_examples_of_an_exported_model_run(clone: Path, model: Path) -> None:
     run_commands(commands(PAGES["guides/models.md"]), clone)
     (example,) = code_blocks(PAGES["guides/models.md"], "python")
-    done = subprocess.run([sys.executable, "-c", example], cwd=clone, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert next((clone / "photos").rglob("*.png")).parent.name in done.stdout
+    assert next((clone / "photos").rglob("*.png")).parent.name in run_python(example, clone)
+
+
+def started(line: str, folder: Path, until: Callable[[], bool]) -> subprocess.Popen[str]:
+    """The command in a process of its own, as soon as that is so."""
+    running = subprocess.Popen(
+        shlex.split(line), cwd=folder, env=settings(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not until():
+        if running.poll() is not None:
+            pytest.fail(f"{line}\n{running.communicate()[0]}")
+        time.sleep(0.2)
+    return running
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_commands_of_interrupted_sweeps_go_on_after_a_ctrl_c(clone: Path) -> None:
+    run_commands(["imbvlm manifest build --folders photos -o photos.parquet"], clone)
+    sweep, *others = commands(PAGES[INTERRUPTED])
+    earlier = set((clone / "runs").glob("quickstart-*/trials/t00001.json"))
+    running = started(sweep, clone, lambda: earlier < set((clone / "runs").glob("quickstart-*/trials/t00001.json")))
+    name = newest_in(clone)
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate()
+    assert running.returncode == 130, said
+    assert f"imbvlm sweep resume runs/{name}" in said
+    listed, resumed, again, forked = run_commands(others, clone)
+    assert re.search(rf"{name} +unfinished", listed)
+    assert f"runs/{name}" in resumed
+    assert f"runs/{name}" in again
+    assert newest_in(clone) != name
+    assert newest_in(clone) in forked
+    (state,) = {
+        re.search(rf"{newest_in(clone)} +(\w+)", text)[1] for text in run_commands(["imbvlm sweep list"], clone)
+    }
+    assert state == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_what_monitoring_shows_is_there_while_a_sweep_runs_and_afterwards(clone: Path) -> None:
+    run_commands(["imbvlm manifest build --folders photos -o photos.parquet"], clone)
+    sweep, *others = commands(PAGES[MONITORING])
+    journal, metrics = code_blocks(PAGES[MONITORING], "python")
+    running = started(sweep, clone, lambda: "ray_imbvlm_best_value" in run_python(metrics, clone))
+    said, _ = running.communicate()
+    assert running.returncode == 0, said
+    *_, tables = run_commands(others, clone)
+    assert "trials, finished" in tables
+    assert run_python(journal, clone).startswith(tuple("0123456789"))

@@ -44,6 +44,9 @@ on your own images, a folder per class:
   imbvlm report runs/quickstart-20261124-120000 -o report-files
 
 \b
+words such as manifest, encoder and shot group: docs/glossary.md
+
+\b
 exit codes:
   0    done, also for a sweep that ended at one of its limits with a result
   1    failed, with a sentence on standard error; or a check reports an error
@@ -237,7 +240,7 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="a dotted key of the configuration; repeatable; docs/reference/config.md lists all",
+            help="a key of the configuration, such as optim.lr=0.05; repeatable; docs/reference/config.md lists all",
         ),
     ] = None,
     storage: Annotated[str, typer.Option(metavar="FOLDER", help="folder or s3:// URI for features")] = "runs",
@@ -281,7 +284,7 @@ GROUPS = {
         "imbvlm features extract photos.parquet --encoder openai_vit_b16 --dry-run",
     ),
     "encoder": (
-        "Compare encoders on your images, or fetch one into a folder.",
+        "Compare encoders on your images, or fetch one.",
         "imbvlm encoder fetch openai_vit_b16 -o openai_vit_b16",
     ),
     "sweep": (

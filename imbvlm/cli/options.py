@@ -75,7 +75,8 @@ class SpecOptions:
         _spec(
             "--set",
             metavar="KEY=VALUE",
-            help="set a key of the sweep, or a dotted key of its trials; repeatable; docs/reference lists all keys",
+            help="set a key of the sweep or of its trials, such as num_trials=20 or optim.lr=0.05; repeatable; "
+            "docs/reference lists all keys",
         ),
     ] = None
     warm_start: Annotated[

@@ -35,7 +35,12 @@ class DataConfig(Section):
         description="images of a split that can't be decoded, above which the run stops before training; "
         "null: no such limit",
     )
-    max_bad_share: float = Field(0.5, ge=0, le=1, description="the same limit as a share of the split's images")
+    max_bad_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a split's images that can't be decoded, above which the run stops before training",
+    )
 
 
 # Prefixes of encoder.name: a local folder, an image-only model of timm, and a repository of the Hugging Face hub.

@@ -297,7 +297,11 @@ def _read_parquet(path: str, columns: list[str] | None) -> pa.Table:
         raise storage.StorageError(
             f"the manifest {path} is not there{where}; make one with `imbvlm manifest build`"
         ) from None
-    except (OSError, pa.ArrowInvalid) as error:
+    except pa.ArrowInvalid as error:
+        raise storage.StorageError(
+            f"{path} is no manifest, or a damaged one ({error}); make one with `imbvlm manifest build`"
+        ) from None
+    except OSError as error:
         raise storage.storage_error("read the manifest", path, error) from None
 
 

@@ -156,6 +156,6 @@ def load_block(block: ImageBlock) -> LoadedBlock:
 def bad_image_error(split: str, name: str, reason: str) -> ImbvlmError:
     """The error of `data.on_bad_image: strict` at the first bad image."""
     return ImbvlmError(
-        f"the {split} image {name} can't be used: {reason}. data.on_bad_image is strict; quarantine would leave it "
-        "out and list it."
+        f"the {split} image {name} can't be used: {reason}. data.on_bad_image is strict. Set it to quarantine to "
+        "leave such images out and list them."
     )

@@ -385,5 +385,5 @@ def _checked_picture(image: Image.Image | npt.NDArray[np.uint8]) -> Pixels | Ima
     if not isinstance(image, np.ndarray):
         raise ImageError(f"an image is {_IMAGE_FORMS}, and this is {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ImageError(f"an array must be H x W x 3 of uint8, got {image.shape} of {image.dtype}")
+        raise ImageError(f"an array must be H x W x 3 of uint8, got {image.shape} of {image.dtype}; convert it to RGB")
     return image

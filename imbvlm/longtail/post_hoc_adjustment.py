@@ -166,7 +166,10 @@ def accuracy_weights(metric: str, targets: Tensor, stats: ClassStats) -> Tensor:
         members[torch.from_numpy(stats.shot_groups[metric.removesuffix("_accuracy")])] = True
         counted &= members
     if not counted.any():
-        raise ImbvlmError(f"{metric} needs a class with validation rows, got none.")
+        raise ImbvlmError(
+            f"{metric} needs a class with validation rows, got none. Give such classes validation images, or choose "
+            "another objective."
+        )
     return counted.double() / counted.sum()
 
 

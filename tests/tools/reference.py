@@ -168,11 +168,14 @@ def config_page() -> str:
         default += "".join(f"Default: `{key}: {value}`. " for key, value in (own or {}).items() if not has_variants)
         defaults[name] = ", ".join(f"`{value}`" for value in (own or {}).values()) or f"`{name}: null`"
         readers = "all methods" if len(methods) == len(METHODS) else code_list(methods)
-        notes[name] = f"{default}Read by {readers}."
+        notes[name] = f"{default}Read by {readers}.{LINKS.get(name, '')}"
     searched = "\n".join(f"- `{key}`: {reason}." for key, reason in NOT_SEARCHED.items())
     return page(
         "Configuration of a trial",
         "Keys of `imbvlm train FILE`, of `best.yaml`, of a sweep's `base`, of search spaces and of `--set KEY=VALUE`. "
+        "`--set optim.lr=0.05` sets a key, `optim: {lr: 0.05}` in a file does the same, and a search space has "
+        "`optim.lr: {loguniform: [0.01, 0.1]}`. Values are YAML, such as `--set encoder.image_size=null` or "
+        '`--set "optim.betas=[0.9, 0.99]"`. '
         "A file must not have sections that its method doesn't read. Unknown keys and values outside of the limits are "
         "rejected before anything runs, all at once.",
         f"## `method`\n\nThe page of [methods](methods.md) describes each.\n\n{key_table(TrialConfig, '')}",
@@ -181,15 +184,26 @@ def config_page() -> str:
     )
 
 
+LINKS = {
+    "loss": " The page of [losses](losses.md) compares them.",
+    "second_stage": " The page of [second stages](second-stages.md) compares them.",
+}
+
+
 def sweep_page() -> str:
     return page(
         "Specification of a sweep",
         "Keys of `imbvlm sweep run FILE`, of a sweep's `sweep.yaml`, of `SweepSpec(...)` in Python, and of "
-        "`--set KEY=VALUE`. `--set` takes the [keys of a trial](config.md), too, which it sets in `base`.",
+        "`--set KEY=VALUE`. Values are YAML: `--set num_trials=20`, `--set searcher.name=random`, "
+        '`--set "refit_seeds=[0, 1]"`, `--set blend=null`. `--set` takes the [keys of a trial](config.md), too, which it '
+        "sets in `base`.",
         f"## Keys\n\n{key_table(SweepSpec, '')}",
         sections_text(
             SweepSpec,
-            {"searcher": "The page of [samplers](samplers.md) compares them."},
+            {
+                "searcher": "The page of [samplers](samplers.md) compares them.",
+                "trial_scheduler": "What stops trials early that fall behind others.",
+            },
             {
                 name: f"`{SweepSpec.model_fields[name].get_default(call_default_factory=True).name}`"
                 for name in ("searcher", "trial_scheduler")

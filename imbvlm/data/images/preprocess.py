@@ -50,7 +50,7 @@ class Preprocess:
         if self.resize_mode not in ("shortest", "squash"):
             raise ImbvlmError(f"resize_mode must be shortest or squash, got {self.resize_mode!r}.")
         if self.resize < 1:
-            raise ImbvlmError(f"eval.resize must be at least 1, got {self.resize}.")
+            raise ImbvlmError(f"eval.resize must be at least 1, got {self.resize}. Leave it out for the default.")
         if self.jpeg_downscale is not None and self.jpeg_downscale < 1:
             raise ImbvlmError(f"jpeg_downscale must be at least 1, got {self.jpeg_downscale}.")
 

@@ -65,7 +65,7 @@ def folder_source(config: EncoderConfig, folder: str, hub: HubFile | None = None
     if num_layers > _MAX_LAYERS:
         raise ImbvlmError(
             f"encoder.name is {config.name!r}, and {path} asks for {num_layers:,} layers; at most {_MAX_LAYERS:,} can "
-            "be built."
+            "be built. Choose another encoder."
         )
     if runs_code:
         raise ImbvlmError(

@@ -89,13 +89,15 @@ class GeneticSection(SamplerSection):
 
     population_size: int = Field(50, ge=3, description="trials of one generation; the first one is random")
     mutation_probability: float | None = Field(
-        None, ge=0, le=1, description="that a key is sampled at random; null: 1 / number of keys"
+        None, ge=0, le=1, description="probability that a key is sampled at random; null: 1 / number of keys"
     )
     crossover: Literal["uniform", "blx_alpha", "sbx", "spx", "undx", "vsbx"] = Field(
         "uniform", description="how numbers of several parents are combined; choices always take those of one"
     )
-    crossover_probability: float = Field(0.9, ge=0, le=1, description="that a trial has several parents")
-    swapping_probability: float = Field(0.5, ge=0, le=1, description="that a value comes from the second parent")
+    crossover_probability: float = Field(0.9, ge=0, le=1, description="probability that a trial has several parents")
+    swapping_probability: float = Field(
+        0.5, ge=0, le=1, description="probability that a value comes from the second parent"
+    )
 
     @property
     def num_random_trials(self) -> int:

@@ -178,7 +178,9 @@ class SweepSpec(Section):
         ge=0,
         description="number of the best trials that run again with confirm_seeds; the best validation mean wins",
     )
-    confirm_seeds: list[Seed] = Field([1, 2], min_length=1, description="without a trial's own seed")
+    confirm_seeds: list[Seed] = Field(
+        [1, 2], min_length=1, description="seeds that confirm_trials run again with, besides their own"
+    )
     confirm_folds: int | None = Field(
         5,
         ge=2,

@@ -197,7 +197,7 @@ class ImageSource:
             if reason is not None and self._strict:
                 raise ImbvlmError(
                     f"the image in row {row} of the manifest can't be used: {reason}. data.on_bad_image is strict; "
-                    "quarantine would leave it out and count it."
+                    "Set it to quarantine to leave such images out."
                 )
             if reason is not None:
                 self.unreadable[row] = reason
