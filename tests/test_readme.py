@@ -114,8 +114,8 @@ LAUNCHING = re.compile(r"ray (up|submit|exec|rsync-down|down|attach|dashboard) |
 
 
 def test_every_page_with_code_is_run_by_a_test() -> None:
-    # Two pages of the site are files of other folders. tests/test_repository.py checks CONTRIBUTING's commands. Those of
-    # cluster/README.md need AWS, Kubernetes or Slurm; tests/ray_runtime/test_launch.py does the same on loopback.
+    # Two pages of the site are files of other folders. tests/test_repository.py checks the commands of CONTRIBUTING.
+    # Those of cluster/README.md need AWS, Kubernetes or Slurm; tests/ray_runtime/test_launch.py launches on loopback.
     with_commands = {page for page, text in PAGES.items() if code_blocks(text)}
     assert with_commands == {*RUN_HERE, COMPARING, GPU_BOX, S3, INTERRUPTED, MONITORING}
     with_python = {page for page, text in PAGES.items() if code_blocks(text, "python")}

@@ -144,7 +144,9 @@ def _entries(source: PluginSource) -> dict[str, dict[str, Any]]:
         if added is registry:
             continue
         if not isinstance(added, Mapping):
-            raise plugin_error(_table_place(source, table), f"{table} must map names to entries, and is {added!r}. Define it as a dict")
+            raise plugin_error(
+                _table_place(source, table), f"{table} must map names to entries, and is {added!r}. Define it as a dict"
+            )
         for name, entry in added.items():
             if problem := _entry_problem(name, entry, registry.own):
                 raise plugin_error(_table_place(source, table), f"{registry.kind} {name!r} {problem}")

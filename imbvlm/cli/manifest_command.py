@@ -70,7 +70,8 @@ def build(
         list[str] | None, _source(metavar="SPLIT=FILE", help="iNaturalist's annotation JSON, one or more")
     ] = None,
     webdataset: Annotated[
-        list[str] | None, _source(metavar="TAR", help="WebDataset's tar files of images and labels, one or more, or a folder of them")
+        list[str] | None,
+        _source(metavar="TAR", help="WebDataset's tar files of images and labels, one or more, or a folder of them"),
     ] = None,
     root: Annotated[
         str, typer.Option(metavar="FOLDER", help="folder or s3:// prefix that relative image paths are below")

@@ -195,8 +195,8 @@ def sweep_page() -> str:
         "Specification of a sweep",
         "Keys of `imbvlm sweep run FILE`, of a sweep's `sweep.yaml`, of `SweepSpec(...)` in Python, and of "
         "`--set KEY=VALUE`. Values are YAML: `--set num_trials=20`, `--set searcher.name=random`, "
-        '`--set "refit_seeds=[0, 1]"`, `--set blend=null`. `--set` takes the [keys of a trial](config.md), too, which it '
-        "sets in `base`.",
+        '`--set "refit_seeds=[0, 1]"`, `--set blend=null`. `--set` takes the [keys of a trial](config.md), too, which '
+        "it sets in `base`.",
         f"## Keys\n\n{key_table(SweepSpec, '')}",
         sections_text(
             SweepSpec,
