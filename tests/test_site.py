@@ -18,6 +18,10 @@ import pytest
 import yaml
 from jinja2 import Environment, FileSystemLoader
 
+from imbvlm.config.input_sections import ClassSampling
+from imbvlm.config.loss_registry import LOSSES
+from imbvlm.config.method_registry import METHODS
+from imbvlm.config.second_stage_registry import SECOND_STAGES
 from imbvlm.sweep.records.summary_tables import HEADINGS
 from imbvlm.sweep.records.trial_log import TrialKind, TrialState
 
@@ -98,7 +102,9 @@ def test_the_glossary_has_every_term_of_report_and_terminal_once_and_in_order() 
     in_order = [term.lower().replace("-", " ") for term in TERMS]
     assert in_order == sorted(in_order)
     assert len(set(TERMS)) == len(TERMS)
-    shown = {*words_of_the_report(), *get_args(TrialKind), *get_args(TrialState), *HEADINGS}
+    named = {name.replace("_", " ") for table in (METHODS, LOSSES, SECOND_STAGES) for name in table}
+    sampled = {name.replace("_", " ") for name in get_args(ClassSampling)}
+    shown = {*words_of_the_report(), *get_args(TrialKind), *get_args(TrialState), *HEADINGS, *named, *sampled}
     text = GLOSSARY.lower()
     assert [word for word in shown if not re.search(rf"\*\*[^*]*{re.escape(word.lower())}|`{word}`", text)] == []
 

@@ -344,7 +344,8 @@ def _memory(speed: TrialSpeed, more_bytes: int) -> str:
 def _shape(config: TrialConfig) -> tuple[str, str]:
     decoder = config.section(DecoderConfig)
     depth = "" if decoder is None else f" depth {decoder.depth}"
-    return f"{config.method.replace('_', ' ')}{depth}", config.encoder.name
+    size = "" if config.encoder.image_size is None else f" {config.encoder.image_size} px"
+    return f"{config.method.replace('_', ' ')}{depth}", f"{config.encoder.name}{size}"
 
 
 def _short(seconds: float) -> str:
