@@ -116,7 +116,7 @@ def doctor(
     ] = None,
     encoder: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="an encoder that is needed; repeatable; by default tinylit_lite0"),
+        typer.Option(metavar="NAME", help="check this encoder and its weights; repeatable; by default tinylit_lite0"),
     ] = None,
     as_json: Json = False,
 ) -> int:

@@ -57,7 +57,7 @@ def build(
         _source(
             "--list",
             metavar="SPLIT=FILE",
-            help="`path label` lists, one or more, such as train=train.txt test=test.txt",
+            help="text files of lines `path label`, one or more, such as train=train.txt test=test.txt",
         ),
     ] = None,
     table: Annotated[

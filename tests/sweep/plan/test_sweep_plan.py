@@ -120,6 +120,7 @@ def test_times_and_money_are_the_measured_speeds_times_the_work(
     assert content["gpu_hours"] == pytest.approx([0.074717, 0.324145], rel=1e-4)
     assert content["cost"] == pytest.approx([0.149433, 0.648289], rel=1e-4)
     text = describe_plan(plan)
+    assert re.search("^linear probe +tinylit_lite0 64 px ", text, re.MULTILINE), "rows of two sizes look alike"
     # 13 refits at most, eight of them of a blend and five of baselines, over two seeds.
     assert f"logits      of the test split by refits, up to {2 * 2000 * 10 * 13 * 2 / 1e6:.1f} MB" in text
     assert "NOT HERE    a trial needs 1 GPU (num_workers 1 x gpus_per_worker 1)" in text
