@@ -190,7 +190,8 @@ def run_commands(
 
 
 def run_python(code: str, folder: Path) -> str:
-    code = code.replace("quickstart-...", newest_in(folder))
+    if "quickstart-..." in code:
+        code = code.replace("quickstart-...", newest_in(folder))
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
