@@ -312,9 +312,9 @@ def test_commands_of_interrupted_sweeps_go_on_after_a_ctrl_c(clone: Path) -> Non
     running = started(sweep, clone, lambda: earlier < set((clone / "runs").glob("quickstart-*/trials/t00001.json")))
     name = newest_in(clone)
     running.send_signal(signal.SIGINT)
-    said, _ = running.communicate()
-    assert running.returncode == 130, said
-    assert f"imbvlm sweep resume runs/{name}" in said
+    output, _ = running.communicate()
+    assert running.returncode == 130, output
+    assert f"imbvlm sweep resume runs/{name}" in output
     listed, resumed, again, forked = run_commands(others, clone)
     assert re.search(rf"{name} +unfinished", listed)
     assert f"runs/{name}" in resumed
@@ -335,8 +335,8 @@ def test_what_monitoring_shows_is_there_while_a_sweep_runs_and_afterwards(clone:
     sweep, *others = commands(PAGES[MONITORING])
     journal, metrics = code_blocks(PAGES[MONITORING], "python")
     running = started(sweep, clone, lambda: "ray_imbvlm_best_value" in run_python(metrics, clone))
-    said, _ = running.communicate()
-    assert running.returncode == 0, said
+    output, _ = running.communicate()
+    assert running.returncode == 0, output
     *_, tables = run_commands(others, clone)
     assert "trials, finished" in tables
     assert run_python(journal, clone).startswith(tuple("0123456789"))

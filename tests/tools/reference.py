@@ -205,7 +205,7 @@ def sweep_page() -> str:
             SweepSpec,
             {
                 "searcher": "The page of [samplers](samplers.md) compares them.",
-                "trial_scheduler": "What stops trials early that fall behind others.",
+                "trial_scheduler": "Early stopping of trials that fall behind others.",
             },
             {
                 name: f"`{SweepSpec.model_fields[name].get_default(call_default_factory=True).name}`"
