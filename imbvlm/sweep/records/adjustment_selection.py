@@ -212,15 +212,19 @@ def describe_post_hoc(name: str, selection: AdjustmentSelection, scored: Sequenc
         lines.append(f"  zero-shot logits mixed in: {_describe_value('alpha', selection.alpha, metric)}")
     records = [record for record in scored if record.name == name]
     errors = [last_values(records, f"{split}/expected_calibration_error") for split in (TEST, POST_HOC)]
-    on_test = f", on test {' to '.join(percent(statistics.fmean(values)) for values in errors)}" if all(errors) else ""
+    on_test = f", on test {_before_and_after(*map(statistics.fmean, errors))}" if all(errors) else ""
     stays = "" if calibration.objection is None else f" {calibration.objection}, so that it stays at 1"
     doubt = uncalibrated_note(calibration.num_uncalibrated)
     lines.append(
         f"  calibration: temperature {calibration.temperature:.3g}{stays}; expected calibration error (%) on "
-        f"validation {percent(selection.plain_error)} to {percent(calibration.accepted_calibration_error)}{on_test}"
+        f"validation {_before_and_after(selection.plain_error, calibration.accepted_calibration_error)}{on_test}"
         f"{f'; {doubt}' if doubt else ''}"
     )
     return "\n".join(lines)
+
+
+def _before_and_after(before: float, after: float) -> str:
+    return f"{percent(before)} before and {percent(after)} after"
 
 
 def _describe_value(name: str, selection: ValueSelection, metric: str) -> str:

@@ -275,7 +275,7 @@ def test_the_lines_say_what_was_tried_what_it_gains_and_calibration_before_and_a
     assert f"calibration: temperature {selection.calibration.temperature:.3g}; expected" in text
     assert f"tau of 31 values from -1 to 2: tau {selection.tau.value:g} gains" in text
     assert "points of balanced accuracy (standard error" in text
-    assert "on test 25.0 to 5.0" in text
+    assert "on test 25.0 before and 5.0 after" in text
     neutral = dataclasses.replace(selection, tau=dataclasses.replace(selection.tau, standard_error=1.0))
     assert "within its standard error 100.0, so that it stays at 0" in describe_post_hoc("winner", neutral, [])
 
