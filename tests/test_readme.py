@@ -314,7 +314,7 @@ def test_commands_of_interrupted_sweeps_go_on_after_a_ctrl_c(clone: Path) -> Non
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate()
     assert running.returncode == 130, output
-    assert f"imbvlm sweep resume runs/{name}" in output
+    assert re.search(rf"go on with: imbvlm sweep resume \S*{name}", output)
     listed, resumed, again, forked = run_commands(others, clone)
     assert re.search(rf"{name} +unfinished", listed)
     assert f"runs/{name}" in resumed
