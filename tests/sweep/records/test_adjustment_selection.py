@@ -140,7 +140,7 @@ def test_a_temperature_that_few_rows_do_not_support_stays_at_1_and_the_line_says
     assert "lowers the cross entropy and not the calibration error, so that it stays at 1; expected" in text
     error = f"{100 * selection.plain_error:.1f}"
     doubt = f"not calibrated: {NUM_CLASSES} classes with 1 to 3 validation images"
-    assert text.endswith(f"{error} to {error}; {doubt}")
+    assert text.endswith(f"{error} before and {error} after; {doubt}")
 
 
 def test_a_gain_within_its_standard_error_is_not_taken(tmp_path: Path, log: TrialLog) -> None:
