@@ -196,7 +196,7 @@ class ImageSource:
         for row, reason in zip(batch.rows.tolist(), batch.reasons, strict=True):
             if reason is not None and self._strict:
                 raise ImbvlmError(
-                    f"the image in row {row} of the manifest can't be used: {reason}. data.on_bad_image is strict; "
+                    f"the image in row {row} of the manifest can't be used: {reason}. data.on_bad_image is strict. "
                     "Set it to quarantine to leave such images out."
                 )
             if reason is not None:
