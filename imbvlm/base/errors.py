@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -90,10 +91,20 @@ class ConfigError(ImbvlmError, ValueError):
         return (ConfigError, (self.problems,))
 
 
+def _folded(name: str) -> str:
+    """A name for comparison, without regard to case and to how Unicode codes its accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def suggest_name(name: str, valid: Iterable[str]) -> str:
     """A clause with the closest valid name, or else with all valid names where they are few."""
     names = sorted(set(valid))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    same = [other for other in names if other != name and _folded(other) == _folded(name)]
+    if same and unicodedata.normalize("NFC", same[0]) == unicodedata.normalize("NFC", name):
+        return (
+            f"it looks like {same[0]!r}, whose letters are coded in another way (Unicode NFC and NFD); copy that name"
+        )
+    close = same or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
     if len(names) <= 20:

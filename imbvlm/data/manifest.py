@@ -51,15 +51,21 @@ _ROW_GROUP = 65536
 _MAX_GROWTH, _MIN_LIMIT_BYTES, _BATCH_ROWS = 200, 1_000_000_000, 1024
 
 
+# Findings of which an error shows the sentences: a wrong file may have one for each of its rows.
+MAX_FINDINGS = 200
+
+
 class ManifestError(ImbvlmError):
     """All mistakes of a manifest, or of what one is built from (`noun`); `findings` lists them."""
 
     def __init__(self, source: str, findings: Sequence[str], noun: str = "manifest") -> None:
         self.source, self.findings, self.noun = source, tuple(findings), noun
         heading = "1 thing is" if len(findings) == 1 else f"{len(findings)} things are"
+        num_more = len(findings) - MAX_FINDINGS
+        shown = [*findings[:MAX_FINDINGS], *([f"and {num_more:,} more"] if num_more > 0 else [])]
         super().__init__(
             "\n".join(
-                [f"{heading} wrong with the {noun} {source}:", *(f"  {end_sentence(printable(f))}" for f in findings)]
+                [f"{heading} wrong with the {noun} {source}:", *(f"  {end_sentence(printable(f))}" for f in shown)]
             )
         )
 

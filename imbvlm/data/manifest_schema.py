@@ -168,12 +168,17 @@ def content_groups(table: pa.Table) -> Rows:
     return np.where(has_digest, contents, uris + contents.max() + 1)
 
 
+def has_groups(table: pa.Table) -> bool:
+    """Whether any row of a manifest's table has a group."""
+    return "group" in table.column_names and table.column("group").null_count < table.num_rows
+
+
 def joined_groups(table: pa.Table) -> Rows | None:
     """A number per row (N,), equal for rows of one group; groups with copies of an image are joined.
 
     A row without a group goes with its copies. None where no row has a group.
     """
-    if "group" not in table.column_names or table.column("group").null_count == table.num_rows:
+    if not has_groups(table):
         return None
     named = table.column("group")
     copies, groups = content_groups(table), _ids(named)

@@ -67,9 +67,10 @@ def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
     """
     groups = manifest.table.column("group")
     existing = groups.unique().drop_null().to_pylist()
-    for name in names:
-        if name not in existing:
-            raise ImbvlmError(f"--test-groups takes names of groups, got {name!r}; {suggest_name(name, existing)}")
+    unknown = [name for name in dict.fromkeys(names) if name not in existing]
+    if unknown:
+        clauses = [f"got {name!r}; {suggest_name(name, existing)}" for name in unknown]
+        raise ImbvlmError(f"--test-groups takes names of groups, {' And '.join(clauses)}")
     is_test = pc.is_in(groups, value_set=pa.array(names, groups.type)).to_numpy()
     number, percent = pluralize(len(set(names)), "group"), f"{100 * is_test.mean():.0f} % of the images"
     if not (~is_test & (split_codes(manifest.table.column("split")) != SPLITS.index("val"))).any():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from imbvlm.base import storage
+from imbvlm.base.csv_cells import unescape_cell
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.base.json_file import damage_named, read_json
@@ -27,6 +28,8 @@ from imbvlm.training.checkpoint import read_tensors, write_tensors
 CALIBRATION_FILE, SCORES_FILE = "calibration.json", "calibration.safetensors"
 FORMAT = 1
 ACCEPT, REVIEW = "accept", "review"
+# Mistakes of a file of shares that an error lists.
+_MAX_MISTAKES = 20
 # Prevalences with names; others are shares by class.
 TRAINING, EVEN = "training", "even"
 Prevalence = str | Mapping[str, float]
@@ -210,9 +213,15 @@ def read_prevalence(value: str) -> Prevalence:
     """
     if value in (TRAINING, EVEN):
         return value
+    if not storage.exists(value):
+        raise ImbvlmError(f"a prevalence must be {TRAINING}, {EVEN} or a CSV file, and {value} is not there. Give one.")
+    try:
+        rows = [[unescape_cell(cell).strip() for cell in row] for row in csv.reader(utf8_lines(value))]
+    except csv.Error as error:
+        raise ImbvlmError(f"{value} can't be read as CSV: {error}. Write a class and its share in each row.") from None
     shares, mistakes = dict[str, float](), list[str]()
-    for number, row in enumerate(csv.reader(utf8_lines(value)), 1):
-        if not row or (number == 1 and len(row) == 2 and row[1].strip() == "share"):
+    for number, row in enumerate(rows, 1):
+        if not row or (number == 1 and len(row) == 2 and row[1].lower() == "share"):
             continue
         name, share = (row[0], _number(row[1])) if len(row) == 2 else (row[0], None)
         if share is None:
@@ -221,9 +230,13 @@ def read_prevalence(value: str) -> Prevalence:
             mistakes.append(f"line {number} has {name!r} again")
         else:
             shares[name] = share
-    if mistakes or not any(shares.values()):
+    if not mistakes and not any(shares.values()):
+        mistakes.append("no share is above 0" if shares else "it has no row")
+    if mistakes:
         rule = f"{value} must have a row for each class: its name and its share, such as cat,0.2"
-        raise ImbvlmError("\n  ".join([f"{rule}; the heading class,share may stand above.", *mistakes]))
+        more = [f"and {len(mistakes) - _MAX_MISTAKES:,} more"] * (len(mistakes) > _MAX_MISTAKES)
+        shown = [f"{rule}; the heading class,share may stand above.", *mistakes[:_MAX_MISTAKES], *more]
+        raise ImbvlmError("\n  ".join(shown))
     return shares
 
 

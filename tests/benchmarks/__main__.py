@@ -36,6 +36,7 @@ MORE = (
     "starts",
     "images",
     "centering",
+    "labels",
 )
 
 
@@ -51,7 +52,7 @@ def main() -> int:
     parser.add_argument("--script-trials", type=int, default=2, metavar="N", choices=range(2, 17, 2),
                         help="how many of the 16 trials of a Ray Tune script are run (the section sweep)")  # fmt: skip
     parser.add_argument("--features", type=Path, metavar="FOLDER",
-                        help="where the section choice keeps the encoder's outputs for the next time")  # fmt: skip
+                        help="where choice and labels keep the encoder's outputs for the next time")  # fmt: skip
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(HEADING)

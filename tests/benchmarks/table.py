@@ -16,7 +16,7 @@ class Options:
     # Of the section `sweep`: training images (None: by size), and how many of the script's trials are run.
     images: int | None = None
     script_trials: int = 2
-    # The folder in which the section `choice` keeps the encoder's outputs for the next time (None: in `folder`).
+    # Where the sections `choice` and `labels` keep the encoder's outputs for the next time (None: in `folder`).
     features: Path | None = None
 
 

@@ -123,6 +123,22 @@ def test_a_prevalence_file_has_a_class_and_a_share_in_each_row(tmp_path: Path) -
     assert [line.split(" must")[0] for line in mistakes[1:]] == [
         "line 2 has 'cat' again", "line 3", "line 4", "line 5", "line 6"
     ]  # fmt: skip
+    path.write_text("class, Share\n cat , 0.5\n'=fox,1\n", encoding="utf-8")
+    assert read_prevalence(str(path)) == {"cat": 0.5, "=fox": 1.0}, "spaces count for nothing"
+    for text, mistake in (
+        ("cat,0\n", "no share is above 0"),
+        ("", "it has no row"),
+        ("x" * 200_000, "read as CSV: field"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ImbvlmError, match=mistake):
+            read_prevalence(str(path))
+    path.write_text("cat;0.5\n" * 500, encoding="utf-8")
+    with pytest.raises(ImbvlmError, match="and 480 more") as caught:
+        read_prevalence(str(path))
+    assert len(str(caught.value).splitlines()) == 22
+    with pytest.raises(ImbvlmError, match="must be training, even or a CSV file, and evne is not there"):
+        read_prevalence("evne")
     path.write_bytes(b"cat,\xff\n")
     with pytest.raises(ImbvlmError, match="must be UTF-8"):
         read_prevalence(str(path))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,9 @@ from imbvlm.data.manifest import Manifest
 from imbvlm.data.manifest_schema import SCHEMA, with_column
 
 _EXIF = "exif:"
+_NO_FIELD = "Their EXIF data lack it or can't be read: take groups from the paths or a table."
+# How tables write that there is no value.
+_NO_VALUES = frozenset(("nan", "none", "null", "na", "n/a"))
 _THREADS = 16
 
 
@@ -29,7 +33,11 @@ def _serial(fields: Mapping[int, Any]) -> str:
 
 def _day(fields: Mapping[int, Any]) -> str:
     match = re.match(r"(\d{4}):(\d\d):(\d\d)", str(fields.get(ExifTags.Base.DateTimeOriginal, "")))
-    return "-".join(match.groups()) if match and int(match[1]) else ""
+    try:
+        return date(*map(int, match.groups())).isoformat() if match else ""
+    except ValueError:
+        # Cameras without a clock write zeros.
+        return ""
 
 
 EXIF_FIELDS: Mapping[str, Callable[[Mapping[int, Any]], str]] = {"serial": _serial, "day": _day}
@@ -46,7 +54,7 @@ def with_groups(manifest: Manifest, names: Sequence[str | None], option: str) ->
         uri = next(filter(None, manifest.table.column("uri").to_pylist()), "without a path")
         raise ImbvlmError(
             f"{option} must name the groups of images, and names none of {pluralize(len(groups), 'image')}, such as "
-            f"{uri}. Give another column or expression."
+            f"{uri}. {_NO_FIELD if _EXIF in option else 'Give another column or expression.'}"
         )
     if len(num_images) == 1:
         raise ImbvlmError(
@@ -55,9 +63,18 @@ def with_groups(manifest: Manifest, names: Sequence[str | None], option: str) ->
         )
     num_without = len(groups) - num_images.total()
     rest = f"; {pluralize(num_without, 'image')} without one, each a group of its own" if num_without else ""
-    note = f"{len(num_images):,} groups that no split divides, by {option}{rest}"
+    notes = [f"{len(num_images):,} groups that no split divides, by {option}{rest}"]
+    if max(num_images.values()) == 1:
+        notes.append(
+            "each group has a single image, so that groups keep nothing together: look at what tells them apart"
+        )
+    notes += [
+        f"{pluralize(num_images[name], 'image')} of the group {name!r}; leave the cell empty if it means no group"
+        for name in sorted(num_images)
+        if name.lower() in _NO_VALUES
+    ]
     column = pa.array(groups, SCHEMA.field("group").type)
-    return replace(manifest, table=with_column(manifest.table, "group", column), notes=(*manifest.notes, note))
+    return replace(manifest, table=with_column(manifest.table, "group", column), notes=(*manifest.notes, *notes))
 
 
 def read_groups(manifest: Manifest, source: str, root: str) -> list[str | None]:

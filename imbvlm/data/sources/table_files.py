@@ -24,7 +24,7 @@ from imbvlm.base.errors import suggest_name
 from imbvlm.base.formatting import join_limited, pluralize
 from imbvlm.data.files.byte_ranges import ContainerWriter
 from imbvlm.data.manifest import METADATA_KEY, Manifest, ManifestError
-from imbvlm.data.manifest_schema import metadata_findings, type_findings
+from imbvlm.data.manifest_schema import has_groups, metadata_findings, type_findings
 from imbvlm.data.sources.manifest_builder import assemble, below_root, folders_of, read_text, split_of_file
 from imbvlm.data.sources.taxonomy_files import taxonomy_of_rows
 
@@ -137,6 +137,8 @@ class _Rows:
             self._split_by_file(path, table.num_rows)
         if "group" in names:
             self.groups = [*(self.groups or ()), *_texts(table, names["group"], path).to_pylist()]
+        elif METADATA_KEY in (table.schema.metadata or {}) and has_groups(table):
+            self._note(f"the groups of {path} are not read; --group-by group keeps them")
         self._add_lineages(table, path, names["label"])
         uris, data = _images(table, names, path)
         self.uris += uris
@@ -163,10 +165,13 @@ class _Rows:
 
     def _split_by_file(self, path: str, num_rows: int) -> None:
         split = split_of_file(path)
-        note = "no split column and no split in the files' names: every row is a training row"
-        if split is None and note not in self.notes:
-            self.notes.append(note)
+        if split is None:
+            self._note("no split column and no split in the files' names: every row is a training row")
         self.splits += [split or "train"] * num_rows
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
 
 def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str], ranks: Sequence[str]) -> dict[str, str]:
@@ -237,13 +242,15 @@ def _line_break_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
 
 
 def _texts(table: pa.Table, name: str, path: str) -> pa.ChunkedArray:
-    """A column as text; raises ManifestError for a column of nested values."""
+    """A column as text, without a value where a number is NaN; raises ManifestError for a column of nested values."""
     column = table.column(name)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
     try:
         return column.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         problem = f"the column {name!r} must be text or whole numbers, and is of the type {column.type}"
-        raise ManifestError(path, [f"{problem}; choose another one by --column"], "table") from None
+        raise ManifestError(path, [f"{problem}; choose another one"], "table") from None
 
 
 def _label_values(
@@ -337,9 +344,10 @@ def _batches(path: str) -> Iterator[pa.Table]:
     try:
         yield from readers[suffix](path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ManifestError(
-            path, [f"it can't be read as {suffix}: {error}; name it by its format, or write it again"], "table"
-        ) from None
+        fix = "name it by its format, or write it again"
+        if "changed from" in str(error):
+            fix = "write all values of a column as texts or all as numbers"
+        raise ManifestError(path, [f"it can't be read as {suffix}: {error}; {fix}"], "table") from None
 
 
 def _read_csv(path: str) -> list[pa.Table]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from imbvlm.longtail.taxonomy import Taxonomy, in_several_places, lineage_findin
 PARENT = "parent"
 _TREE = "tree"
 _MAX_SUGGESTED = 20
+# Names of a circle that a sentence lists.
+_MAX_CIRCLE = 8
 Lineages = Mapping[str, tuple[str, ...]]
 
 
@@ -30,7 +33,7 @@ def read_taxonomy(path: str, class_names: Sequence[str]) -> Taxonomy:
     `species,order,family`. Under `class,parent` it has a name and its parent, which has a row of its own; the parents
     of the highest names are empty.
     """
-    heading, *rows = _cells(path)
+    heading, *rows = _cells(path, class_names)
     if [name.lower() for name in heading[1:]] == [PARENT]:
         ranks, lineages, findings = _from_parents(rows, class_names)
     else:
@@ -70,13 +73,17 @@ def _checked(
     findings = [*findings, *_each(missing, "has no row", present - set(class_names))]
     placed = [name for name in class_names if name in lineages]
     taxonomy = Taxonomy(tuple(ranks), tuple(lineages[name] for name in placed))
-    findings += lineage_findings(taxonomy, placed)
+    of_tree = lineage_findings(taxonomy, placed)
+    upside_down = replace(taxonomy, lineages=tuple(names[::-1] for names in taxonomy.lineages))
+    if of_tree and not lineage_findings(upside_down, placed):
+        of_tree.append(f"if {', '.join(ranks[:-1])} has the lowest rank first, turn it round: the highest comes first")
+    findings += of_tree
     if findings:
         raise ManifestError(source, findings, noun)
     return taxonomy
 
 
-def _cells(path: str) -> list[list[str]]:
+def _cells(path: str, class_names: Sequence[str]) -> list[list[str]]:
     """The cells of all rows that have any, the heading first, each row as long as the heading."""
     try:
         read = [
@@ -86,17 +93,26 @@ def _cells(path: str) -> list[list[str]]:
         raise ManifestError(path, [f"it can't be read as CSV: {error}. Close every quote."], _TREE) from None
     rows = [row for row in read if any(row)]
     if not rows or len(rows[0]) < 2:
-        heading = f", got {','.join(rows[0])[:80]!r}" if rows else ", and is empty"
-        rule = f"it must begin with a heading, such as species,order,family or class,parent, between commas{heading}"
+        got = f", got {','.join(rows[0])[:80]!r}" if rows else ", and is empty"
+        rule = f"it must begin with a heading, such as species,order,family or class,parent, between commas{got}"
         raise ManifestError(path, [rule], _TREE)
+    heading, findings = rows[0], list[str]()
+    if heading[0] in class_names:
+        findings.append(
+            f"the first row must be a heading, such as species,order,family, got {','.join(heading)[:80]!r}"
+        )
+    if heading[0].lower() == PARENT:
+        findings.append(f"a name must stand before its parent, got the heading {','.join(heading)[:80]!r}")
     nameless = sum(not row[0] for row in rows[1:])
     if nameless:
-        problem = f"{pluralize(nameless, 'row')} without a name in the first column; name the class or ancestor"
-        raise ManifestError(path, [problem], _TREE)
-    long = [row[0] for row in rows if len(row) > len(rows[0])]
-    if long:
-        raise ManifestError(path, [f"{name!r} has more cells than the heading; put names with commas in quotes"
-                                   for name in long], _TREE)  # fmt: skip
+        findings.append(f"{pluralize(nameless, 'row')} without a name in the first column; name the class or ancestor")
+    findings += [
+        f"{row[0]!r} has more cells than the heading; put names with commas in quotes"
+        for row in rows
+        if len(row) > len(heading)
+    ]
+    if findings:
+        raise ManifestError(path, findings, _TREE)
     return [row + [""] * (len(rows[0]) - len(row)) for row in rows]
 
 
@@ -129,7 +145,9 @@ def _from_parents(rows: Sequence[Sequence[str]], class_names: Sequence[str]) -> 
     missing = [name for name in inner if name not in parents]
     findings += _each(missing, "is a parent and has no row; give it one, with an empty parent if it has none", parents)
     findings += _unknown((name for name in parents if name not in inner), class_names)
-    findings += [f"{' in '.join(map(repr, [*circle, circle[0]]))} is a circle" for circle in _circles(parents)]
+    for circle in _circles(parents):
+        shown = [*map(repr, circle[:_MAX_CIRCLE]), *["..."] * (len(circle) > _MAX_CIRCLE), repr(circle[0])]
+        findings.append(f"{' in '.join(shown)} is a circle")
     lineages = {}
     for name in dict.fromkeys(class_names):
         # Keys keep their order, and a circle ends at a key.

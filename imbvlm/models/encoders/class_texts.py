@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from imbvlm.base import storage
-from imbvlm.base.errors import ImbvlmError, suggest_name
+from imbvlm.base.errors import ImbvlmError, printable, suggest_name
 from imbvlm.base.formatting import join_limited, pluralize
 
+# Classes whose nearest name is sought, which takes long.
+_MAX_SUGGESTED = 20
 _FORM = 'Write an object such as {"snow leopard": ["a gray spotted cat on rocks."]}'
 
 
@@ -24,22 +26,28 @@ def read_class_texts(path: str | None, class_names: Sequence[str]) -> dict[str, 
         raise ImbvlmError(f"prompts.texts must be a JSON file, and {path} is not there. Give its path.")
     try:
         content = storage.read_json(path, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise ImbvlmError(
+            f"prompts.texts must be UTF-8, and byte {error.start} of {path} isn't. Save it as UTF-8."
+        ) from None
     except ValueError as error:
         raise ImbvlmError(f"prompts.texts must be a JSON file, and {path} is none: {error}. {_FORM}.") from None
     if not isinstance(content, dict) or not content:
         raise ImbvlmError(f"prompts.texts must have sentences by class, and {path} has {content!r:.60}. {_FORM}.")
-    wrong = list(_mistakes(content))
+    wrong, sentences = list(_mistakes(content)), []
     if wrong:
-        raise ImbvlmError(
+        sentences.append(
             f"prompts.texts must have a list of sentences for each class, and {join_limited(wrong, 5)} in {path}. "
             f"{_FORM}."
         )
     unknown = sorted(content.keys() - set(class_names))
     if unknown:
-        raise ImbvlmError(
-            f"{path} has sentences for {pluralize(len(unknown), 'class')} that the manifest doesn't have: "
-            f"{join_limited([repr(name) for name in unknown], 5)}; {suggest_name(unknown[0], class_names)}"
-        )
+        nearest = [f"{printable(name)!r}: {suggest_name(name, class_names)}" for name in unknown[:_MAX_SUGGESTED]]
+        nearest += [f"and {len(unknown) - _MAX_SUGGESTED:,} more"] * (len(unknown) > _MAX_SUGGESTED)
+        rule = f"{path} has sentences for {pluralize(len(unknown), 'class')} that the manifest doesn't have."
+        sentences.append("\n  ".join([rule, *nearest]))
+    if sentences:
+        raise ImbvlmError("\n".join(sentences))
     return content
 
 
@@ -59,10 +67,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _is_broken(text: str) -> bool:
+    """Whether a text has half of a character, as JSON can have and no text tower reads."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _mistakes(content: dict[str, Any]) -> Iterator[str]:
     for name, sentences in content.items():
         if not isinstance(sentences, list) or not sentences:
             yield f"{name!r} has {sentences!r:.60}"
         else:
-            blank = [text for text in sentences if not isinstance(text, str) or not text.strip()]
+            blank = [text for text in sentences if not isinstance(text, str) or not text.strip() or _is_broken(text)]
             yield from (f"{name!r} has {text!r:.60} among them" for text in blank)

@@ -16,6 +16,7 @@ from imbvlm.longtail.decisions.acceptance import Acceptance, Promise, learn_acce
 from imbvlm.longtail.decisions.prediction_sets import PredictionSets, learn_sets
 from imbvlm.longtail.decisions.scored_rows import ScoredRows
 from imbvlm.longtail.post_hoc_adjustment import CHUNK_SIZE
+from imbvlm.longtail.roll_up import is_broken
 from imbvlm.sweep.records.trial_log import refit_folder
 from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import ReportData
@@ -68,8 +69,7 @@ def review_sheet(source: ReportData, manifest: Manifest | str) -> ReviewSheet | 
     shown = next((own for own in learned if any(promise.is_given for promise in own.promises)), learned[-1])
     test = _scored_on_test(source, rows)
     sentences = [_opening(own, rows, None if test is None else test.rows) for own in learned]
-    basis = calibration.basis
-    sentences.append(f"{basis[0].upper()}{basis[1:]}. Each promise holds at 95 %, so that 1 in 20 may be broken.")
+    sentences.append(_basis(calibration, len(rows)))
     tables = [_classes(shown, rows, None if test is None else test.rows, names), _sets(rows, test)]
     return ReviewSheet(sentences, tables)
 
@@ -87,39 +87,57 @@ def _scored_on_test(source: ReportData, rows: ScoredRows) -> _Scored | None:
     return _Scored(ScoredRows.from_logits(logits, predictions.labels[is_read], rows.stats), logits)
 
 
+def _basis(calibration: ModelCalibration, num_rows: int) -> str:
+    """Sentences on what the limits rest on, and how far they can be trusted."""
+    images = pluralize(num_rows, "validation image")
+    text = f"The limits are learned on {images}, for images that come as these do"
+    if not calibration.is_exported:
+        text += ", and are estimates: models of the search scored them, which trained on fewer images than this one"
+    return f"{text}. One limit in twenty may let more mistakes through than it should."
+
+
 def _opening(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None) -> str:
-    """A sentence on the share that is accepted for a precision, and on what is left to look at."""
+    """Sentences on the share that is accepted for a precision, and on what is left to look at."""
     taken = acceptance.accepts(rows.predicted, rows.confidence)
-    level, num_given = f"{100 * acceptance.precision:g} %", sum(own.is_given for own in acceptance.promise_of)
+    precision, num_given = acceptance.precision, sum(own.is_given for own in acceptance.promise_of)
+    rule = f"At least {100 * precision:g} % right:"
     if not num_given:
         missing = min(promise.num_missing for promise in acceptance.promises)
-        more = pluralize(missing, "more validation image")
         return (
-            f"So that {level} are right, nothing may be accepted without a look: at least {more} of a class are needed."
+            f"{rule} accept nothing yet. Look at all images, or add {pluralize(missing, 'validation image')} of one "
+            "class, which are enough if the model is right on them."
         )
-    tested = ""
-    if test is not None:
-        on_test = acceptance.accepts(test.predicted, test.confidence)
-        right = f", of which {_share(test.is_right[on_test])} % are right" if on_test.any() else ""
-        tested = f" On test images it is {_share(on_test)} %{right}."
-    classes = f"{num_given:,} of {pluralize(acceptance.num_classes, 'class')}"
-    return (
-        f"So that {level} are right, {_share(taken)} % of the images may be accepted without a look, in {classes}; "
-        f"{_share(~taken)} % are left to look at.{tested}"
+    text = (
+        f"{rule} accept {_share(taken)} % of the images without a look, in {num_given:,} of "
+        f"{pluralize(acceptance.num_classes, 'class')}. Look at the other {_share(~taken)} %."
     )
+    if test is None:
+        return text
+    on_test = acceptance.accepts(test.predicted, test.confidence)
+    if not on_test.any():
+        return f"{text} Of the test images none would be accepted."
+    is_right = test.is_right[on_test]
+    text += f" Of the test images {_share(on_test)} % would be accepted, and {_share(is_right)} % of these are right."
+    if is_broken(int(is_right.sum()), len(is_right), precision):
+        text += (
+            f" {100 * precision:g} % were promised: test images don't come as those of validation. Look at more of "
+            "the images from such a source."
+        )
+    return text
 
 
 def _share(values: np.ndarray) -> str:
     return percent(float(values.mean())) if len(values) else "-"
 
 
-def _promised(promise: Promise) -> str:
-    """A promise in a few words."""
-    others = len(promise.labels) - 1
-    group = "" if promise.group is None else f"with {others:,} other {group_name(promise.group)}" if others else "alone"
+def _limit(promise: Promise) -> str:
+    """From which probability on a class's predictions are accepted, or what it takes to accept any, in a few words."""
+    is_shared = promise.group is not None and len(promise.labels) > 1
+    classes = f"{len(promise.labels):,} {group_name(promise.group or '')} classes together" if is_shared else ""
     if promise.is_given:
-        return group or "its own"
-    return f"no promise{', ' * bool(group)}{group}: {promise.num_missing:,} more validation images needed"
+        return f"above {100 * promise.threshold:.1f} %{f' ({classes})' if classes else ''}"
+    images = pluralize(promise.num_missing, "more validation image")
+    return f"nothing yet: needs {images}{f' of {classes}' if classes else ''}"
 
 
 def _classes(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, names: Sequence[str]) -> Table:
@@ -132,8 +150,7 @@ def _classes(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, 
     cells = [
         [
             names[label],
-            _promised(promise),
-            f"{100 * promise.threshold:.1f}" if promise.is_given else "-",
+            _limit(promise),
             f"{num_left[label]:,}",
             f"{num_wrong[label]:,}",
             *(cell for column in columns for cell in column[label]),
@@ -142,13 +159,13 @@ def _classes(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, 
         for promise in [promise_of[label]]
     ]
     caption = (
-        "The classes that the model predicts, first those with the most mistakes among the validation images that are "
-        "left. Predictions above the probability are accepted. Accepted and right are in percent. A promise with other "
-        "classes is for all of them together: predictions of one may be wrong more often."
+        "Begin at the top: these predicted classes have the most mistakes among the validation images that are left to "
+        "look at. A prediction whose probability is above the limit needs no look. A limit of several classes together "
+        "is right for them as a whole, and one of them may have more mistakes. Accepted and right are in percent."
     )
-    header = ["look first at", "promise", "accept above (%)", "left to look at", "wrong among them"]
+    header = ["predicted class", "accept without a look", "left to look at", "wrong among them"]
     header += [cell for name in ("validation", "test")[: len(columns)] for cell in (f"accepted, {name}", "right")]
-    title = f"What to look at, with {100 * acceptance.precision:g} % of the accepted right"
+    title = f"Where to look first, so that {100 * acceptance.precision:g} % of the accepted are right"
     return Table("review", title, header, cells, 2, caption)
 
 
@@ -179,9 +196,10 @@ def _sets(rows: ScoredRows, test: _Scored | None) -> Table:
                 row += [f"{len(sizes):,}", _share(covered), f"{sizes.mean():.1f}" if len(sizes) else "-"]
             cells += [row] if len(labels) else []
     caption = (
-        "Percent. So large a share of the images has its class in its set, on average: test may lie a little below. "
-        "Classes with 19 validation images or more have the promise one by one, the others together."
+        "A set names the few classes that an image may be of. So many percent of the images have their own class in "
+        "their set, on average: test may lie a little below. Each class with 19 validation images or more is promised "
+        "that by itself, the others together."
     )
-    header = ["promise", "classes of", "classes", "one by one"]
-    header += [] if test is None else ["test images", "covered on test", "classes in a set"]
+    header = ["promised (%)", "classes of", "classes", "by themselves"]
+    header += [] if test is None else ["test images", "with their class in the set (%)", "classes in a set"]
     return Table("sets", "Sets of classes", header, cells, 2, caption)

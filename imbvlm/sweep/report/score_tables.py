@@ -86,7 +86,10 @@ def roll_up(source: ReportData, manifest: Manifest | str) -> Table | None:
         return None
     tree = ModelTaxonomy.read(source.folder, manifest.class_names)
     if tree is None:
-        return None
+        if manifest.taxonomy is None:
+            return None
+        missing = f"not computed by an earlier version; this adds it: imbvlm sweep resume {source.folder}"
+        return Table("roll_up", "Roll-up", ["precision", "rank"], [["-", missing]], 2)
     splits = {"validation images": tree.scores, "test images": _rank_scores_on_test(source, len(tree.taxonomy.ranks))}
     shown = {name: split for name, split in splits.items() if isinstance(split, RankScores) and len(split)}
     rows, broken = [], []

@@ -41,12 +41,8 @@ def check_labels(run: SweepRun) -> None:
         for entry, row, (given, other), probabilities in zip(table, chosen.tolist(), labels, numbers, strict=True)
     ]
     write_suspects(run.folder, listed)
-    unknown = len(suspects.unknown)
-    left_out = f", without {pluralize(unknown, 'class')} that models don't know well enough" if unknown else ""
-    run.console.print(
-        f"labels that look wrong: {len(listed):,} of {pluralize(len(seen), 'image')}{left_out}; see "
-        f"{storage.join(run.folder, SUSPECTS_FILE)}"
-    )
+    number = f"{len(listed):,} of {pluralize(len(seen), 'image')}"
+    run.console.print(f"labels that look wrong: {number}; see {storage.join(run.folder, SUSPECTS_FILE)}")
 
 
 def _validated_rows(run: SweepRun, config: TrialConfig, num_folds: int) -> Rows:

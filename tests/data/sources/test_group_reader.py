@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from command_line import run_command
 from PIL import ExifTags, Image
@@ -47,6 +49,22 @@ def test_paths_give_groups_by_what_parentheses_capture(photos: Path) -> None:
     assert len(Manifest.read(str(path)).rows_of("test")) == 2
 
 
+def test_groups_that_keep_nothing_together_and_lost_values_are_noted(photos: Path, tmp_path: Path) -> None:
+    notes = str(Manifest.read(str(build(photos, "--group-from", r"-(\d+)\.jpg"))).notes)
+    assert "each group has a single image, so that groups keep nothing together" in notes
+    rows = [f"{number}.jpg,ant,{('nan', 'a', 'N/A')[number % 3]}" for number in range(6)]
+    (tmp_path / "t.csv").write_text("path,label,site\n" + "\n".join(rows) + "\n")
+    options = ("--group-by", "site", "-o", tmp_path / "t.parquet")
+    assert run_command("manifest", "build", "--table", tmp_path / "t.csv", *options) == 0
+    notes = str(Manifest.read(str(tmp_path / "t.parquet")).notes)
+    assert "2 images of the group 'N/A'; leave the cell empty if it means no group" in notes
+    assert "2 images of the group 'nan'" in notes
+    columns = {"path": ["a.jpg", "b.jpg", "c.jpg"], "label": ["ant"] * 3, "site": [1.5, 2.5, float("nan")]}
+    pq.write_table(pa.table(columns), tmp_path / "f.parquet")
+    assert run_command("manifest", "build", "--table", tmp_path / "f.parquet", *options) == 0
+    assert groups(tmp_path / "t.parquet") == ["1.5", "2.5", None], "a number that is missing is no group"
+
+
 def test_exif_data_gives_the_camera_or_the_day(photos: Path) -> None:
     (photos / "ant" / "damaged.jpg").write_bytes(b"no image")
     path = build(photos, "--group-from", "exif:serial")
@@ -54,6 +72,10 @@ def test_exif_data_gives_the_camera_or_the_day(photos: Path) -> None:
     assert "3 groups that no split divides, by --group-from exif:serial; 1 image without one" in str(
         Manifest.read(str(path)).notes
     )
+    with Image.open(photos / "ant" / "cam0-2024-05-01-0.jpg") as image:
+        exif = image.getexif()
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:13:45 10:00:00"
+        Image.new("RGB", (4, 4)).save(photos / "ant" / "no-such-day.jpg", exif=exif)
     assert set(groups(build(photos, "--group-from", "exif:day"))) == {f"2024-05-0{day}" for day in range(1, 5)} | {None}
 
 
@@ -68,6 +90,10 @@ def test_exif_data_gives_the_camera_or_the_day(photos: Path) -> None:
         (["--group-from", "(x?)"], r"names none of 12 images"),
         (["--group-from", "(cam9)"], r"names none of 12 images"),
         (["--group-from", "(cam)"], r"must name two or more groups, and names only 'cam'\. Give"),
+        (
+            ["--group-from", r"(cam\d)", "--test-groups", "cam1", "cam5", "CAM0"],
+            r"names of groups, got 'cam5'; did you mean 'cam\d'\? And got 'CAM0'; did you mean 'cam0'\?",
+        ),
         (["--group-from", "exif:serail"], r"reads exif:serial or exif:day, got 'exif:serail'; did you mean 'serial'\?"),
         (["--group-by", "camera"], r"--group-by must be a column of --table .* Use --group-from"),
         (["--group-by", "a", "--group-from", "(b)"], r"Only one of --group-by and --group-from"),
@@ -93,6 +119,15 @@ def test_a_column_of_tables_gives_groups(tmp_path: Path) -> None:
         run_command("manifest", "build", *tables, "--group-by", "sight", "-o", path)
 
 
+def test_groups_of_a_manifest_that_are_not_asked_for_are_named(photos: Path, tmp_path: Path) -> None:
+    source, out = build(photos, "--group-from", r"(cam\d)"), tmp_path / "again.parquet"
+    assert run_command("manifest", "build", "--table", source, "-o", out) == 0
+    assert f"the groups of {source} are not read; --group-by group keeps them" in Manifest.read(str(out)).notes
+    assert run_command("manifest", "build", "--table", source, "--group-by", "group", "-o", out) == 0
+    assert groups(out) == groups(source)
+    assert "are not read" not in str(Manifest.read(str(out)).notes)
+
+
 def test_a_field_of_annotated_images_gives_groups(tmp_path: Path) -> None:
     images = [{"id": number, "file_name": f"{number}.jpg", "location": number % 2} for number in range(4)]
     content = {
@@ -106,3 +141,20 @@ def test_a_field_of_annotated_images_gives_groups(tmp_path: Path) -> None:
     assert groups(path) == ["0", "1", "0", "1", None, "?"]
     with pytest.raises(ImbvlmError, match="its images have no field 'locaton' for groups; did you mean 'location'"):
         run_command("manifest", "build", *source, "--group-by", "locaton", "-o", path)
+
+
+def test_photos_without_exif_data_and_columns_of_mixed_values_say_what_to_do(tmp_path: Path) -> None:
+    for number, garbage in enumerate((b"", b"II*\0\xff\xff\xff\xff", b"no exif")):
+        path = tmp_path / "photos" / "ant" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+        data, segment = path.read_bytes(), b"Exif\0\0" + garbage
+        path.write_bytes(data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:])
+    with pytest.raises(ImbvlmError, match=r"names none of 3 images, .* Their EXIF data lack it or can't be read: take"):
+        run_command("manifest", "build", "--folders", tmp_path / "photos", "--group-from", "exif:day", "-o",
+                    tmp_path / "m.parquet")  # fmt: skip
+    rows = [json.dumps({"path": f"{site}.jpg", "label": "ant", "site": site}) for site in (1, "a")]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(ImbvlmError, match="write all values of a column as texts or all as numbers"):
+        run_command("manifest", "build", "--table", tmp_path / "t.jsonl", "--group-by", "site", "-o",
+                    tmp_path / "m.parquet")  # fmt: skip

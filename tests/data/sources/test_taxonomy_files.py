@@ -61,7 +61,8 @@ def test_every_mistake_of_a_file_of_lineages_is_named(tmp_path: Path) -> None:
 def test_a_taxon_in_two_places_is_named(tmp_path: Path) -> None:
     text = "species,family,genus\nlynx,Felidae,Felis\ncat,Felidae,Felis\nwolf,Canidae,Felis\n"
     assert findings_of(tmp_path, text) == [
-        "the genus 'Felis' lies in 'Felidae' and in 'Canidae'; give it one place, or each of them a name of its own"
+        "the genus 'Felis' lies in 'Felidae' and in 'Canidae'; give it one place, or each of them a name of its own",
+        "if family, genus has the lowest rank first, turn it round: the highest comes first",
     ]
 
 
@@ -89,12 +90,45 @@ def test_every_mistake_of_a_file_of_parents_is_named(tmp_path: Path) -> None:
         ("species;genus\nlynx;Lynx\n", "between commas, got 'species;genus'"),
         ("species,genus\n,Lynx\nlynx,Lynx\n,Felis\n", "2 rows without a name in the first column"),
         ("species,genus\nlynx,Lynx,more\n", "'lynx' has more cells than the heading"),
+        ("lynx,Lynx\ncat,Felis\nwolf,Canis\n", "the first row must be a heading, such as species,order,family, got"),
+        ("parent,class\nLynx,lynx\nLynx,cat\nLynx,wolf\n", "a name must stand before its parent, got the heading"),
         ('species,genus\nlynx,"Lynx\n', "it can't be read as CSV"),
         ("species,genus,genus\nlynx,a,b\ncat,a,b\nwolf,a,b\n", "each with a name of its own"),
     ],
 )
 def test_a_file_without_its_form_is_refused(tmp_path: Path, text: str, finding: str) -> None:
     assert finding in findings_of(tmp_path, text)[0]
+
+
+def test_all_mistakes_of_form_are_named_at_once(tmp_path: Path) -> None:
+    findings = findings_of(tmp_path, "species,genus\n,Lynx\nlynx,Lynx,more\ncat,Felis,x,y\n")
+    assert [text.partition(";")[0] for text in findings] == [
+        "1 row without a name in the first column",
+        "'lynx' has more cells than the heading",
+        "'cat' has more cells than the heading",
+    ]
+
+
+def test_names_that_only_look_different_are_told_apart(tmp_path: Path) -> None:
+    """Accents may be letters of their own, as macOS writes them in names of folders."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    findings = findings_of(tmp_path, f"drink,kind\n{decomposed},hot\nTEA,hot\n", (composed, "tea"))
+    assert findings == [
+        f"'{decomposed}' is no class; it looks like '{composed}', whose letters are coded in another way (Unicode NFC "
+        "and NFD); copy that name",
+        "'TEA' is no class; did you mean 'tea'?",
+        f"'{composed}' has no row; it looks like '{decomposed}', whose letters are coded in another way (Unicode NFC "
+        "and NFD); copy that name",
+        "'tea' has no row; did you mean 'TEA'?",
+    ]
+
+
+def test_a_long_circle_and_a_long_list_have_short_texts(tmp_path: Path) -> None:
+    text = "class,parent\n" + "".join(f"x{number},x{(number + 1) % 500}\n" for number in range(500))
+    (circle,) = [finding for finding in findings_of(tmp_path, text, ("lynx",)) if "circle" in finding]
+    assert circle == "'x0' in 'x1' in 'x2' in 'x3' in 'x4' in 'x5' in 'x6' in 'x7' in ... in 'x0' is a circle"
+    many = str(ManifestError("tree.csv", [f"{number} is wrong" for number in range(1_000)], "tree")).splitlines()
+    assert (len(many), many[0], many[-1]) == (202, "1000 things are wrong with the tree tree.csv:", "  and 800 more.")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])

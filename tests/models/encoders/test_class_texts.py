@@ -17,7 +17,8 @@ NAMES = ["snow leopard", "lynx", "wolf"]
 
 def write(folder: Path, content: Any) -> str:
     path = folder / "texts.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
 
 
@@ -43,13 +44,23 @@ def test_sentences_are_read_and_classes_without_are_counted(tmp_path: Path) -> N
         ({"lynx": ["a cat", 7]}, r"and 'lynx' has 7 among them in"),
         ({"lynx": {"a": ["b"]}, "wolf": [3]}, r"and 'lynx' has \{'a': \['b'\]\}, 'wolf' has 3 among them in"),
         ('{"lynx": ["a"], "wolf": ["b"], "lynx": ["c"]}', r"is none: it names 'lynx' more than once\. Write"),
-        ({"linx": ["a cat"], "wolf": ["a dog"]}, r"for 1 class that the manifest doesn't have: 'linx'; did you mean"),
+        ({"lynx": ["a \ud800"]}, r"and 'lynx' has 'a \\ud800' among them"),
+        ('{"lynx": ["caf\xe9"]}'.encode("latin-1"), r"must be UTF-8, and byte 14 of .* isn't\. Save it as UTF-8"),
     ],
 )
 def test_another_form_or_class_is_one_sentence(tmp_path: Path, content: Any, sentence: str) -> None:
     with pytest.raises(ImbvlmError, match=sentence) as caught:
         read_class_texts(write(tmp_path, content), NAMES)
     assert "\n" not in str(caught.value)
+
+
+def test_wrong_sentences_and_unknown_classes_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ImbvlmError) as caught:
+        read_class_texts(write(tmp_path, {"linx": ["a cat"], "Wolf": ["a dog"], "lynx": 3}), NAMES)
+    first, *others = str(caught.value).splitlines()
+    assert "'lynx' has 3 in" in first
+    assert others[0].endswith("texts.json has sentences for 2 classes that the manifest doesn't have.")
+    assert others[1:] == ["  'Wolf': did you mean 'wolf'?", "  'linx': did you mean 'lynx'?"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

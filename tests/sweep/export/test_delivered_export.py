@@ -278,6 +278,11 @@ def test_a_roll_up_is_learned_on_the_exports_own_scores_of_official_validation_i
     assert table.header == ["precision", "rank", "validation images", "right", "test images", "right"]
     reason = "no rank can promise a precision of 0.95: that takes 59 validation images that are all right"
     assert table.rows[0][1].startswith(reason)
+    earlier = shutil.copytree(blended.folder, tmp_path / "earlier")
+    (earlier / "taxonomy.json").unlink()
+    (table,) = [table for table in build(ReportData.read(str(earlier))).all_tables if table.name == "roll_up"]
+    resume = f"imbvlm sweep resume {earlier}"
+    assert table.rows == [["-", f"not computed by an earlier version; this adds it: {resume}"]]
     folder = storage.join(blended.folder, "refits", blended.record(DELIVERED).trial_id)
     on_test = read_rank_scores(folder, 3, {})
     assert on_test.is_right[:, 2].mean() == pytest.approx(

@@ -30,15 +30,15 @@ def test_classes_with_the_most_mistakes_left_come_first() -> None:
     table = _classes(acceptance, rows, rows, NAMES)
     assert [row[0] for row in table.rows] == ["dog", "owl", "cat", "fox"]
     by_name = {row[0]: row for row in table.rows}
-    assert by_name["cat"][1] == "its own"
+    assert by_name["cat"][1] == f"above {100 * acceptance.thresholds[0]:.1f} %"
     accepted = acceptance.accepts(rows.predicted, rows.confidence)
     left = int((~accepted & (rows.predicted == 1)).sum())
-    assert by_name["dog"][3] == str(left)
-    assert float(by_name["dog"][5]) == 100 - left
+    assert by_name["dog"][2] == str(left)
+    assert float(by_name["dog"][4]) == 100 - left
     # With 4 wrong it takes 181 images, and both have 20.
-    assert by_name["fox"][1] == "no promise, with 1 other few-shot: 161 more validation images needed"
-    assert by_name["fox"][5:7] == ["0.0", "-"]
-    assert by_name["cat"][5:7] == by_name["cat"][7:9], "validation and test are the same rows here"
+    assert by_name["fox"][1] == "nothing yet: needs 161 more validation images of 2 few-shot classes together"
+    assert by_name["fox"][4:6] == ["0.0", "-"]
+    assert by_name["cat"][4:6] == by_name["cat"][6:8], "validation and test are the same rows here"
 
 
 def test_the_opening_says_what_is_accepted_and_what_is_left() -> None:
@@ -46,11 +46,15 @@ def test_the_opening_says_what_is_accepted_and_what_is_left() -> None:
     acceptance = learn_acceptance(rows, 0.95)
     share = float(acceptance.accepts(rows.predicted, rows.confidence).mean())
     text = _opening(acceptance, rows, None)
-    assert f"{100 * share:.1f} % of the images may be accepted without a look, in 2 of 4 classes" in text
-    assert f"{100 - 100 * share:.1f} % are left to look at" in text
-    assert "On test images it is" in _opening(acceptance, rows, rows)
+    assert f"right: accept {100 * share:.1f} % of the images without a look, in 2 of 4 classes." in text
+    assert text.endswith(f"Look at the other {100 - 100 * share:.1f} %.")
+    on_itself = _opening(acceptance, rows, rows)
+    assert f"Of the test images {100 * share:.1f} % would be accepted" in on_itself
+    assert "were promised" not in on_itself
+    worse = made_rows({0: 40, 1: 60, 3: 4})
+    assert "95 % were promised: test images don't come as those of validation." in _opening(acceptance, rows, worse)
     few = made_rows({}).subset(np.arange(220) % 4 == 0)
     assert _opening(learn_acceptance(few, 0.95), few, None) == (
-        "So that 95 % are right, nothing may be accepted without a look: at least 9 more validation images of a class "
-        "are needed."
+        "At least 95 % right: accept nothing yet. Look at all images, or add 9 validation images of one class, which "
+        "are enough if the model is right on them."
     )
