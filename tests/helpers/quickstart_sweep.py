@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "sweeps" / "quickstart.py")
 
 
-def run(*arguments: str, cwd: Path, code: int = 0) -> str:
+def run(*arguments: str, cwd: Path, code: int = 0, seconds: int = 300) -> str:
     """Run a command to its end; its output, standard error behind it."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

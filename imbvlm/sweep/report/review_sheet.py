@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imbvlm.base.formatting import percent, pluralize
+from imbvlm.base.formatting import join_limited, percent, pluralize
 from imbvlm.data.manifest import Manifest
 from imbvlm.inference.calibration_file import ModelCalibration
 from imbvlm.longtail.decisions.acceptance import Acceptance, Promise, learn_acceptance
@@ -20,7 +20,7 @@ from imbvlm.longtail.roll_up import is_broken
 from imbvlm.sweep.records.trial_log import refit_folder
 from imbvlm.sweep.report.plotting import Table
 from imbvlm.sweep.report.report_data import ReportData
-from imbvlm.sweep.report.score_tables import MAX_ROWS, group_name
+from imbvlm.sweep.report.score_tables import BROKEN, MAX_ROWS, group_name
 from imbvlm.training.test_predictions import TestPredictions, has_test_logits, read_test_logits
 
 # Precisions and coverages that are shown.
@@ -68,7 +68,7 @@ def review_sheet(source: ReportData, manifest: Manifest | str) -> ReviewSheet | 
     learned = [learn_acceptance(rows, level) for level in LEVELS]
     shown = next((own for own in learned if any(promise.is_given for promise in own.promises)), learned[-1])
     test = _scored_on_test(source, rows)
-    sentences = [_opening(own, rows, None if test is None else test.rows) for own in learned]
+    sentences = [_opening(own, rows, None if test is None else test.rows, names) for own in learned]
     sentences.append(_basis(calibration, len(rows)))
     tables = [_classes(shown, rows, None if test is None else test.rows, names), _sets(rows, test)]
     return ReviewSheet(sentences, tables)
@@ -96,21 +96,21 @@ def _basis(calibration: ModelCalibration, num_rows: int) -> str:
     return f"{text}. One limit in twenty may let more mistakes through than it should."
 
 
-def _opening(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None) -> str:
+def _opening(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, names: Sequence[str]) -> str:
     """Sentences on the share that is accepted for a precision, and on what is left to look at."""
     taken = acceptance.accepts(rows.predicted, rows.confidence)
-    precision, num_given = acceptance.precision, sum(own.is_given for own in acceptance.promise_of)
+    precision = acceptance.precision
+    accepting = [name for name, promise in zip(names, acceptance.promise_of, strict=True) if promise.is_given]
     rule = f"At least {100 * precision:g} % right:"
-    if not num_given:
+    if not accepting:
         missing = min(promise.num_missing for promise in acceptance.promises)
         return (
             f"{rule} accept nothing yet. Look at all images, or add {pluralize(missing, 'validation image')} of one "
             "class, which are enough if the model is right on them."
         )
-    text = (
-        f"{rule} accept {_share(taken)} % of the images without a look, in {num_given:,} of "
-        f"{pluralize(acceptance.num_classes, 'class')}. Look at the other {_share(~taken)} %."
-    )
+    classes = f"{len(accepting):,} of {pluralize(acceptance.num_classes, 'class')} ({join_limited(accepting, 5)})"
+    text = f"{rule} accept {_share(taken)} % of the images without a look, in {classes}. "
+    text += f"Look at the other {_share(~taken)} %."
     if test is None:
         return text
     on_test = acceptance.accepts(test.predicted, test.confidence)
@@ -130,14 +130,14 @@ def _share(values: np.ndarray) -> str:
     return percent(float(values.mean())) if len(values) else "-"
 
 
-def _limit(promise: Promise) -> str:
-    """From which probability on a class's predictions are accepted, or what it takes to accept any, in a few words."""
+def _limit(promise: Promise) -> list[str]:
+    """From which probability on a class's predictions are accepted, and how many images are missing to accept any."""
     is_shared = promise.group is not None and len(promise.labels) > 1
-    classes = f"{len(promise.labels):,} {group_name(promise.group or '')} classes together" if is_shared else ""
+    of_group = f" for {len(promise.labels):,} {group_name(promise.group or '')}" if is_shared else ""
     if promise.is_given:
-        return f"above {100 * promise.threshold:.1f} %{f' ({classes})' if classes else ''}"
-    images = pluralize(promise.num_missing, "more validation image")
-    return f"nothing yet: needs {images}{f' of {classes}' if classes else ''}"
+        limit = f"above {100 * promise.threshold:.1f} %" if promise.threshold > 0 else "always"
+        return [f"{limit}{of_group}", "-"]
+    return ["nothing yet", f"{promise.num_missing:,}{of_group}"]
 
 
 def _classes(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, names: Sequence[str]) -> Table:
@@ -150,7 +150,7 @@ def _classes(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, 
     cells = [
         [
             names[label],
-            _limit(promise),
+            *_limit(promise),
             f"{num_left[label]:,}",
             f"{num_wrong[label]:,}",
             *(cell for column in columns for cell in column[label]),
@@ -159,14 +159,15 @@ def _classes(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, 
         for promise in [promise_of[label]]
     ]
     caption = (
-        "Begin at the top: these predicted classes have the most mistakes among the validation images that are left to "
-        "look at. A prediction whose probability is above the limit needs no look. A limit of several classes together "
-        "is right for them as a whole, and one of them may have more mistakes. Accepted and right are in percent."
+        "Begin at the top: predictions of these classes have the most mistakes among the validation images that are "
+        "left to look at. A prediction whose probability is above the limit needs no look; nothing yet means that more "
+        "validation images are needed, all of which the model gets right. Classes with few images share one limit: "
+        "then one of them may have more mistakes. Accepted and right are in percent."
     )
-    header = ["predicted class", "accept without a look", "left to look at", "wrong among them"]
+    header = ["class", "accept", "images needed", "left to look at", "wrong of these"]
     header += [cell for name in ("validation", "test")[: len(columns)] for cell in (f"accepted, {name}", "right")]
     title = f"Where to look first, so that {100 * acceptance.precision:g} % of the accepted are right"
-    return Table("review", title, header, cells, 2, caption)
+    return Table("review", title, header, cells, 3, caption)
 
 
 def _by_class(acceptance: Acceptance, rows: ScoredRows) -> list[tuple[str, str]]:
@@ -184,10 +185,12 @@ def _by_class(acceptance: Acceptance, rows: ScoredRows) -> list[tuple[str, str]]
 def _sets(rows: ScoredRows, test: _Scored | None) -> Table:
     """The coverage of sets by shot group next to the promise."""
     groups = {"overall": np.arange(rows.stats.num_classes), **rows.stats.shot_groups}
-    cells = []
+    cells, broken = [], []
     for level in LEVELS:
         sets = learn_sets(rows, level)
         columns = [] if test is None else [sets.covers(test.rows), test.mean_sizes(sets)]
+        if columns and is_broken(int(columns[0].sum()), len(columns[0]), level):
+            broken.append(f"{_share(columns[0])} % for {percent(level)} %")
         for group, labels in groups.items():
             row = [percent(level), group_name(group), f"{len(labels):,}", f"{int(sets.has_own[labels].sum()):,}"]
             if test is not None:
@@ -196,10 +199,12 @@ def _sets(rows: ScoredRows, test: _Scored | None) -> Table:
                 row += [f"{len(sizes):,}", _share(covered), f"{sizes.mean():.1f}" if len(sizes) else "-"]
             cells += [row] if len(labels) else []
     caption = (
-        "A set names the few classes that an image may be of. So many percent of the images have their own class in "
-        "their set, on average: test may lie a little below. Each class with 19 validation images or more is promised "
-        "that by itself, the others together."
+        "A set names the few classes that an image may be of. The promise is the share of images whose own class is "
+        "in their set, on average: test may lie a little below. Each class with 19 validation images or more has a "
+        "promise of its own, the others have one together."
     )
-    header = ["promised (%)", "classes of", "classes", "by themselves"]
+    if broken:
+        caption += f" {BROKEN} {', '.join(broken)}."
+    header = ["promise (%)", "classes of", "classes", "with one of their own"]
     header += [] if test is None else ["test images", "with their class in the set (%)", "classes in a set"]
     return Table("sets", "Sets of classes", header, cells, 2, caption)
