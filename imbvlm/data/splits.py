@@ -69,8 +69,8 @@ def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
     existing = groups.unique().drop_null().to_pylist()
     unknown = [name for name in dict.fromkeys(names) if name not in existing]
     if unknown:
-        clauses = [f"got {name!r}; {suggest_name(name, existing)}" for name in unknown]
-        raise ImbvlmError(f"--test-groups takes names of groups, {' And '.join(clauses)}")
+        clauses = "; ".join(f"{name!r}: {suggest_name(name, existing)}" for name in unknown)
+        raise ImbvlmError(f"--test-groups takes names of groups, and these are none. Correct or remove them: {clauses}")
     is_test = pc.is_in(groups, value_set=pa.array(names, groups.type)).to_numpy()
     number, percent = pluralize(len(set(names)), "group"), f"{100 * is_test.mean():.0f} % of the images"
     if not (~is_test & (split_codes(manifest.table.column("split")) != SPLITS.index("val"))).any():

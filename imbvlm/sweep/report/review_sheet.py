@@ -164,7 +164,7 @@ def _classes(acceptance: Acceptance, rows: ScoredRows, test: ScoredRows | None, 
         "validation images are needed, all of which the model gets right. Classes with few images share one limit: "
         "then one of them may have more mistakes. Accepted and right are in percent."
     )
-    header = ["class", "accept", "images needed", "left to look at", "wrong of these"]
+    header = ["predicted class", "accept", "images needed", "left to look at", "wrong of these"]
     header += [cell for name in ("validation", "test")[: len(columns)] for cell in (f"accepted, {name}", "right")]
     title = f"Where to look first, so that {100 * acceptance.precision:g} % of the accepted are right"
     return Table("review", title, header, cells, 3, caption)

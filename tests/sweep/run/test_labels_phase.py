@@ -45,11 +45,11 @@ def test_flipped_labels_of_a_sweep_are_listed_and_few_shot_classes_not_more_than
         listed = np.array([int(own["row"]) for own in csv.DictReader(file)])
     assert np.isin(listed, train).all()
     is_wrong, is_listed = (labels != manifest.labels)[train], np.isin(train, listed)
-    found, flipped_share = is_listed[is_wrong].mean(), is_wrong[is_listed].mean()
+    recall, flipped_share = is_listed[is_wrong].mean(), is_wrong[is_listed].mean()
     is_few = np.bincount(labels[train])[labels[train]] < FEW
     few, others = (is_listed[~is_wrong & rows] for rows in (is_few, ~is_few))
     error = np.sqrt(few.var() / len(few) + others.var() / len(others))
-    print(f"found {found:.3f}, flipped {flipped_share:.3f}, right listed {few.mean():.4f} and {others.mean():.4f}")
-    assert found > 0.4
+    print(f"found {recall:.3f}, flipped {flipped_share:.3f}, right listed {few.mean():.4f} and {others.mean():.4f}")
+    assert recall > 0.4
     assert flipped_share > 3 * SHARE
     assert few.mean() < others.mean() + 2 * error
