@@ -137,7 +137,7 @@ def test_named_groups_replace_the_test_split() -> None:
     manifest = made(rows, ["train", "test", "train", "train", "train", "val"])
     divided = hold_out_test_groups(manifest, ["cam3"])
     assert divided.table.column("split").to_pylist() == ["train", "train", "test", "train", "train", "test"]
-    with pytest.raises(ImbvlmError, match=r"takes names of groups, got 'cam33'; did you mean 'cam3'"):
+    with pytest.raises(ImbvlmError, match=r"takes names of groups.*'cam33': did you mean 'cam3'"):
         hold_out_test_groups(manifest, ["cam33"])
     with pytest.raises(ManifestError, match="leaves no training image"):
         hold_out_test_groups(manifest, ["cam1", "cam2", "cam3"])

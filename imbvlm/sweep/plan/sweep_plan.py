@@ -328,6 +328,12 @@ def split_sizes(sweep: ResolvedSweep, manifest: Manifest) -> SplitSizes:
     )
 
 
+def resources() -> tuple[float, float]:
+    """Return CPUs and GPUs of the cluster that a sweep would join, or else of this machine; starts nothing."""
+    cluster = find_cluster()
+    return (_cpus(), torch.cuda.device_count()) if cluster is None else (cluster.max_cpus, cluster.max_gpus)
+
+
 def _cpus() -> int:
     return len(os.sched_getaffinity(0))
 

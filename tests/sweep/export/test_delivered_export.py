@@ -317,11 +317,11 @@ def test_an_export_decides_by_its_own_scores_of_official_validation_images(
 def test_the_review_sheet_is_of_the_exported_model_on_validation_and_test(blended: MadeSweep) -> None:
     report = build(ReportData.read(blended.folder))
     assert report.review is not None
-    assert "nothing may be accepted without a look: at least " in report.review.sentences[0]
-    assert "come as 15 validation images, which the exported weights have scored" in report.review.sentences[-1]
+    assert "accept nothing yet. Look at all images, or add " in report.review.sentences[0]
+    assert "learned on 15 validation images, for images that come as these do. " in report.review.sentences[-1]
     review, sets = report.tables["review"]
     assert sorted(row[0] for row in review.rows) == [f"class {label}" for label in range(5)]
-    assert all("more validation images needed" in row[1] for row in review.rows)
+    assert all(row[1] == "nothing yet" for row in review.rows)
     calibration = ModelCalibration.read(blended.folder, tuple(f"class {label}" for label in range(5)))
     assert calibration is not None
     assert isinstance(calibration.rows, ScoredRows)
