@@ -3,7 +3,7 @@
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 # Control characters, line separators, overrides of the reading direction, and bytes of a path that aren't UTF-8.
@@ -91,6 +91,10 @@ class ConfigError(ImbvlmError, ValueError):
         return (ConfigError, (self.problems,))
 
 
+# Names whose nearest valid name is sought, which takes long.
+MAX_SUGGESTED = 20
+
+
 def _folded(name: str) -> str:
     """A name for comparison, without regard to case and to how Unicode codes its accents."""
     return unicodedata.normalize("NFC", name).casefold()
@@ -110,3 +114,11 @@ def suggest_name(name: str, valid: Iterable[str]) -> str:
     if len(names) <= 20:
         return f"valid: {', '.join(names)}" if names else "nothing can be named here, so leave it out"
     return f"{len(names)} names are valid, such as {', '.join(names[:5])}"
+
+
+def suggest_names(names: Iterable[str], valid: Collection[str]) -> list[str]:
+    """Each name with a clause of `suggest_name`, which is left out behind the first MAX_SUGGESTED."""
+    return [
+        f"{name!r}: {suggest_name(name, valid)}" if number < MAX_SUGGESTED else repr(name)
+        for number, name in enumerate(names)
+    ]

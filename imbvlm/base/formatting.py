@@ -40,6 +40,12 @@ def pluralize(number: float, word: str) -> str:
     return f"{shown} {word if number == 1 else plural}"
 
 
+def limited(items: Sequence[str], max_items: int) -> list[str]:
+    """The first few items of a list, and how many more there are."""
+    more = len(items) - max_items
+    return [*items[:max_items], f"and {more:,} more"] if more > 0 else list(items)
+
+
 def join_limited(items: Sequence[str], max_items: int = 10) -> str:
     """Untrusted names as one line: the first few, and how many more there are."""
     more = len(items) - max_items

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imbvlm.base.formatting import join_limited, pluralize
+from imbvlm.base.formatting import join_limited, limited, pluralize
 from imbvlm.data.manifest_schema import SPLITS, split_codes
 
 _MAX_SHOWN = 5
@@ -85,8 +85,7 @@ def repeated_findings(class_names: Sequence[str]) -> list[str]:
 
 
 def _join_lines(findings: Sequence[str]) -> str:
-    more = len(findings) - _MAX_SHOWN
-    return "; ".join(findings[:_MAX_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    return "; ".join(limited(findings, _MAX_SHOWN))
 
 
 def folder_evidence(table: pa.Table, class_names: Sequence[str]) -> FolderEvidence:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from imbvlm.assets import manifest_path
 from imbvlm.base import s3, storage
 from imbvlm.base.errors import ImbvlmError, end_sentence, printable
-from imbvlm.base.formatting import join_limited, pluralize, size_text
+from imbvlm.base.formatting import join_limited, limited, pluralize, size_text
 from imbvlm.data.class_list import class_list_findings
 from imbvlm.data.files.file_listing import file_states
 from imbvlm.data.manifest_schema import (
@@ -52,7 +52,7 @@ _MAX_GROWTH, _MIN_LIMIT_BYTES, _BATCH_ROWS = 200, 1_000_000_000, 1024
 
 
 # Findings of which an error shows the sentences: a wrong file may have one for each of its rows.
-MAX_FINDINGS = 200
+_MAX_FINDINGS = 200
 
 
 class ManifestError(ImbvlmError):
@@ -61,13 +61,8 @@ class ManifestError(ImbvlmError):
     def __init__(self, source: str, findings: Sequence[str], noun: str = "manifest") -> None:
         self.source, self.findings, self.noun = source, tuple(findings), noun
         heading = "1 thing is" if len(findings) == 1 else f"{len(findings)} things are"
-        num_more = len(findings) - MAX_FINDINGS
-        shown = [*findings[:MAX_FINDINGS], *([f"and {num_more:,} more"] if num_more > 0 else [])]
-        super().__init__(
-            "\n".join(
-                [f"{heading} wrong with the {noun} {source}:", *(f"  {end_sentence(printable(f))}" for f in shown)]
-            )
-        )
+        shown = (f"  {end_sentence(printable(finding))}" for finding in limited(self.findings, _MAX_FINDINGS))
+        super().__init__("\n".join([f"{heading} wrong with the {noun} {source}:", *shown]))
 
     def __reduce__(self) -> tuple[type[ManifestError], tuple[str, tuple[str, ...], str]]:
         return (ManifestError, (self.source, self.findings, self.noun))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imbvlm.base.errors import ImbvlmError, suggest_name
+from imbvlm.base.errors import ImbvlmError, suggest_names
 from imbvlm.base.formatting import pluralize
 from imbvlm.data.groups import deal_groups
 from imbvlm.data.manifest import LabelRows, Manifest, ManifestError
@@ -69,7 +69,7 @@ def hold_out_test_groups(manifest: Manifest, names: Sequence[str]) -> Manifest:
     existing = groups.unique().drop_null().to_pylist()
     unknown = [name for name in dict.fromkeys(names) if name not in existing]
     if unknown:
-        clauses = "; ".join(f"{name!r}: {suggest_name(name, existing)}" for name in unknown)
+        clauses = "; ".join(suggest_names(unknown, existing))
         raise ImbvlmError(f"--test-groups takes names of groups, and these are none. Correct or remove them: {clauses}")
     is_test = pc.is_in(groups, value_set=pa.array(names, groups.type)).to_numpy()
     number, percent = pluralize(len(set(names)), "group"), f"{100 * is_test.mean():.0f} % of the images"

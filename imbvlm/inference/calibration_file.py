@@ -15,7 +15,7 @@ import torch
 from imbvlm.base import storage
 from imbvlm.base.csv_cells import unescape_cell
 from imbvlm.base.errors import ImbvlmError
-from imbvlm.base.formatting import join_limited, pluralize
+from imbvlm.base.formatting import join_limited, limited, pluralize
 from imbvlm.base.json_file import damage_named, read_json
 from imbvlm.inference.model_parts import EXPORT_AGAIN
 from imbvlm.inference.possible_classes import possible_labels, utf8_lines
@@ -234,9 +234,8 @@ def read_prevalence(value: str) -> Prevalence:
         mistakes.append("no share is above 0" if shares else "it has no row")
     if mistakes:
         rule = f"{value} must have a row for each class: its name and its share, such as cat,0.2"
-        more = [f"and {len(mistakes) - _MAX_MISTAKES:,} more"] * (len(mistakes) > _MAX_MISTAKES)
-        shown = [f"{rule}; the heading class,share may stand above.", *mistakes[:_MAX_MISTAKES], *more]
-        raise ImbvlmError("\n  ".join(shown))
+        shown = limited(mistakes, _MAX_MISTAKES)
+        raise ImbvlmError("\n  ".join([f"{rule}; the heading class,share may stand above.", *shown]))
     return shares
 
 

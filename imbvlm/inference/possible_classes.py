@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from imbvlm.base import storage
-from imbvlm.base.errors import ImbvlmError, printable, suggest_name
+from imbvlm.base.errors import ImbvlmError, printable, suggest_names
+from imbvlm.base.formatting import limited
 
-# Names whose nearest class is sought, which takes long.
-MAX_SUGGESTED, _MAX_LISTED = 20, 1_000
+_MAX_LISTED = 1_000
 # Letters of a name that a sentence shows: a file that is no list may be one long line.
 _MAX_LENGTH = 80
 
@@ -43,9 +43,7 @@ def possible_labels(names: Collection[str], class_names: Sequence[str], noun: st
     classes, wanted = set(class_names), set(names)
     unknown = [printable(name)[:_MAX_LENGTH] for name in dict.fromkeys(names) if name not in classes]
     if unknown:
-        clauses = [f"{name!r}: {suggest_name(name, classes)}" for name in unknown[:MAX_SUGGESTED]]
-        clauses += [repr(name) for name in unknown[MAX_SUGGESTED:_MAX_LISTED]]
-        clauses += [f"and {len(unknown) - _MAX_LISTED:,} more"] * (len(unknown) > _MAX_LISTED)
+        clauses = limited(suggest_names(unknown, classes), _MAX_LISTED)
         rule = f"{noun} must be classes of the model, and these are none. List one a line; correct or remove them."
         raise ImbvlmError("\n  ".join([rule, *clauses]))
     return [label for label, name in enumerate(class_names) if name in wanted]

@@ -344,9 +344,7 @@ def _batches(path: str) -> Iterator[pa.Table]:
     try:
         yield from readers[suffix](path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        fix = "name it by its format, or write it again"
-        if "changed from" in str(error):
-            fix = "write all values of a column as texts or all as numbers"
+        fix = "name it by its format, or write all values of a column as texts or all as numbers"
         raise ManifestError(path, [f"it can't be read as {suffix}: {error}; {fix}"], "table") from None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imbvlm.base.csv_cells import unescape_cell
-from imbvlm.base.errors import suggest_name
+from imbvlm.base.errors import MAX_SUGGESTED, suggest_name
 from imbvlm.base.formatting import pluralize
 from imbvlm.data.manifest import ManifestError
 from imbvlm.data.sources.manifest_builder import read_lines
@@ -20,7 +20,6 @@ from imbvlm.longtail.taxonomy import Taxonomy, in_several_places, lineage_findin
 # The second heading of a file that has the parent of each name; the ranks of such a file have no names.
 PARENT = "parent"
 _TREE = "tree"
-_MAX_SUGGESTED = 20
 # Names of a circle that a sentence lists.
 _MAX_CIRCLE = 8
 Lineages = Mapping[str, tuple[str, ...]]
@@ -170,7 +169,7 @@ def _each(names: Sequence[str], problem: str, valid: Collection[str]) -> list[st
     """A sentence about each name, with the nearest valid one for the first few, since seeking it takes long."""
     return [
         f"{name!r} {problem}; {suggest_name(name, valid)}"
-        if valid and number < _MAX_SUGGESTED
+        if valid and number < MAX_SUGGESTED
         else f"{name!r} {problem}"
         for number, name in enumerate(names)
     ]

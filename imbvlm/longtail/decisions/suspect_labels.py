@@ -52,9 +52,9 @@ def find_suspects(logits: Tensor, labels: Tensor) -> SuspectLabels:
         given.append(logs.gather(1, own[:, None])[:, 0])
         highest.append(logs.max(dim=1).values)
     log_given, log_highest = torch.cat(given), torch.cat(highest)
-    is_read = ~log_given.isnan()
+    of_given, is_read = log_given.exp(), ~log_given.isnan()
     counts = torch.bincount(labels[is_read], minlength=num_classes)
-    sums = torch.bincount(labels[is_read], weights=log_given[is_read].exp(), minlength=num_classes)
+    sums = torch.bincount(labels[is_read], weights=of_given[is_read], minlength=num_classes)
     thresholds = torch.where(counts > 0, sums / counts.clamp(min=1), torch.inf)
     other, looks_like = [_NONE], [_NONE.long()]
     for part, _ in parts:
@@ -66,8 +66,8 @@ def find_suspects(logits: Tensor, labels: Tensor) -> SuspectLabels:
     limits = _limits((log_highest - log_given)[is_read].numpy(), labels[is_read].numpy(), num_classes)
     is_suspect = is_read & (classes != labels) & (others.log() - log_given > torch.from_numpy(limits)[labels])
     rows = torch.nonzero(is_suspect).flatten()
-    rows = rows[torch.argsort(log_given[rows].exp() - others[rows], stable=True)]
-    arrays = rows, classes[rows], log_given[rows].exp(), others[rows]
+    rows = rows[torch.argsort(of_given[rows] - others[rows], stable=True)]
+    arrays = rows, classes[rows], of_given[rows], others[rows]
     return SuspectLabels(*(array.numpy() for array in arrays))
 
 

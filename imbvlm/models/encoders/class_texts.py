@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from imbvlm.base import storage
-from imbvlm.base.errors import ImbvlmError, printable, suggest_name
-from imbvlm.base.formatting import join_limited, pluralize
+from imbvlm.base.errors import MAX_SUGGESTED, ImbvlmError, printable, suggest_names
+from imbvlm.base.formatting import join_limited, limited, pluralize
 
-# Classes whose nearest name is sought, which takes long.
-_MAX_SUGGESTED = 20
 _FORM = 'Write an object such as {"snow leopard": ["a gray spotted cat on rocks."]}'
 
 
@@ -42,8 +40,7 @@ def read_class_texts(path: str | None, class_names: Sequence[str]) -> dict[str, 
         )
     unknown = sorted(content.keys() - set(class_names))
     if unknown:
-        nearest = [f"{printable(name)!r}: {suggest_name(name, class_names)}" for name in unknown[:_MAX_SUGGESTED]]
-        nearest += [f"and {len(unknown) - _MAX_SUGGESTED:,} more"] * (len(unknown) > _MAX_SUGGESTED)
+        nearest = limited(suggest_names(map(printable, unknown), class_names), MAX_SUGGESTED)
         rule = f"{path} has sentences for {pluralize(len(unknown), 'class')} that the manifest doesn't have."
         sentences.append("\n  ".join([rule, *nearest]))
     if sentences:
