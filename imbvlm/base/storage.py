@@ -177,7 +177,8 @@ def storage_error(action: str, uri: str, error: Exception) -> StorageError:
         return DiskFullError(f"can't {action} {uri}: the disk is full; free some space there")
     if isinstance(error, (FileExistsError, NotADirectoryError)) and is_local(uri):
         return StorageError(f"can't {action} {uri}: {_existing(uri)} is a file and no folder; choose another folder")
-    return StorageError(f"can't {action} {uri}: {error}")
+    what = "the path and its permissions" if is_local(uri) else "the network and AWS_ENDPOINT_URL"
+    return StorageError(f"can't {action} {uri}: {error}; check {what}")
 
 
 def _retry(uri: str, call: Callable[[], Result], kind: str = "read", waits: bool = True) -> Result:

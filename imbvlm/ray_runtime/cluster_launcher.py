@@ -26,7 +26,7 @@ def launcher_problem(tree: Tree) -> str | None:
         NotImplementedError,
         RuntimeError,
     ) as error:
-        return f"Ray's cluster launcher can't read this: {error!r}"
+        return f"Ray's cluster launcher can't read this: {error!r}. Compare it with cluster/gpu.yaml."
     return None
 
 

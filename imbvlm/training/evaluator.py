@@ -68,7 +68,7 @@ class LogitAdjuster:
         if adjustment.alpha:
             if data.class_embeddings is None:
                 raise ImbvlmError(
-                    "mixing with zero-shot logits needs the class names' text embeddings. Choose an encoder with text"
+                    "mixing with zero-shot logits needs the class names' text embeddings. Choose an encoder with text."
                 )
             self._zero_shot = ZeroShotClassifier(data.class_embeddings, data.info.text_space.logit_scale).to(device)
 

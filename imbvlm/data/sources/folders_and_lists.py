@@ -177,11 +177,11 @@ def from_lists(lists: Mapping[str, str], root: str, name: str, *, class_names: S
                 continue
             file, label = _parse(line)
             if not file or not label:
-                problems.append(f"{path}:{number}: {line.strip()[:80]!r} is not a path and a label")
+                problems.append(f"{path}:{number}: {line.strip()[:80]!r} is not a path and a label; write both")
                 continue
             # A name of digits alone must be in the class list.
             if label.lstrip("-").isdigit() and class_id(label) is None and label not in (class_names or ()):
-                problems.append(f"{path}:{number}: the label {label[:80]!r} is no class id")
+                problems.append(f"{path}:{number}: the label {label[:80]!r} is no class id; write a number from 0 on")
                 continue
             paths.append(file)
             labels.append(label)

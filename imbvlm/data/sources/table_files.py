@@ -195,9 +195,9 @@ def _find_columns(table: pa.Table, path: str, selected: Mapping[str, str], ranks
         if kind not in selected and usable:
             names[kind] = usable[0]
     if "label" not in names and "label" not in selected:
-        problems.append(f"no column is named like a label ({', '.join(COLUMNS['label'][:4])}, ...); it has {present}")
+        problems.append(_no_column("a label", "label", present))
     if not {"uri", "bytes"} & names.keys() and not {"uri", "bytes"} & selected.keys():
-        problems.append(f"no column is named like an image ({', '.join(COLUMNS['uri'][:4])}, ...); it has {present}")
+        problems.append(_no_column("an image", "uri", present))
     read = {*names.values(), *(rank for rank in ranks if rank in present)}
     repeated = sorted(name for name in read if present.count(name) > 1)
     problems += [f"{present.count(name)} columns are called {name!r}; rename all but one" for name in repeated]
@@ -215,10 +215,15 @@ def _fits(kind: str, dtype: pa.DataType) -> bool:
     return True
 
 
+def _no_column(what: str, kind: str, present: Sequence[str]) -> str:
+    names = ", ".join(COLUMNS[kind][:4])
+    return f"no column is named like {what} ({names}, ...); it has {present}; name it by --column {kind}=NAME"
+
+
 def _empty_findings(table: pa.Table, columns: Sequence[str]) -> list[str]:
     empty = {name: table.column(name).null_count for name in columns}
     return [
-        f"{pluralize(number, 'row')} {'has' if number == 1 else 'have'} no {name!r}"
+        f"{pluralize(number, 'row')} without {name!r}; fill it in, or remove {'it' if number == 1 else 'them'}"
         for name, number in empty.items()
         if number
     ]

@@ -101,7 +101,9 @@ def _cells(path: str, class_names: Sequence[str]) -> list[list[str]]:
             f"the first row must be a heading, such as species,order,family, got {','.join(heading)[:80]!r}"
         )
     if heading[0].lower() == PARENT:
-        findings.append(f"a name must stand before its parent, got the heading {','.join(heading)[:80]!r}")
+        findings.append(
+            f"a name must stand before its parent, got the heading {','.join(heading)[:80]!r}; swap the columns"
+        )
     nameless = sum(not row[0] for row in rows[1:])
     if nameless:
         findings.append(f"{pluralize(nameless, 'row')} without a name in the first column; name the class or ancestor")
@@ -146,7 +148,7 @@ def _from_parents(rows: Sequence[Sequence[str]], class_names: Sequence[str]) -> 
     findings += _unknown((name for name in parents if name not in inner), class_names)
     for circle in _circles(parents):
         shown = [*map(repr, circle[:_MAX_CIRCLE]), *["..."] * (len(circle) > _MAX_CIRCLE), repr(circle[0])]
-        findings.append(f"{' in '.join(shown)} is a circle")
+        findings.append(f"{' in '.join(shown)} is a circle; correct a parent")
     lineages = {}
     for name in dict.fromkeys(class_names):
         # Keys keep their order, and a circle ends at a key.

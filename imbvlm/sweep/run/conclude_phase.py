@@ -87,7 +87,10 @@ def report(run: SweepRun, data: ReportData) -> str | None:
         return write_report_of(data)
     except Exception as error:  # noqa: BLE001
         interrupts.check()
-        run.console.print(f"the report could not be written ({type(error).__name__}: {error}); all else is there")
+        run.console.print(
+            f"the report could not be written ({type(error).__name__}: {error}); all else is there. Write it with: "
+            f"imbvlm report {run.folder}"
+        )
         return None
 
 

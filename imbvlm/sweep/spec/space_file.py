@@ -211,7 +211,7 @@ def _choice_mistake(key: str, values: list[Any]) -> str | None:
     if infinite:
         return f"choice of {key} must be finite, and has {shown(infinite[0])}"
     repeated = [value for index, value in enumerate(values) if is_one_of(value, values[:index])]
-    return f"choice of {key} has {repeated[0]!r} twice" if repeated else None
+    return f"choice of {key} has {repeated[0]!r} twice; remove one" if repeated else None
 
 
 def _is_finite(value: float) -> bool:

@@ -66,7 +66,11 @@ def setting_mistake(key: str, value: Any) -> str | None:
     """Return the mistake in setting a key of a sweep or a dotted key of its trials; None for a valid setting."""
     first, _, rest = key.partition(".")
     if first in WHOLE_KEYS and rest:
-        return f"{key!r} is set as {rest!r}" if first == "base" else f"{first} is set as a whole, not {key!r}"
+        return (
+            f"{key!r} is set as {rest!r}"
+            if first == "base"
+            else f"{first} is set as a whole, not {key!r}; name all its parts"
+        )
     is_of_trial = first in trial_class().model_fields
     valid = dotted_keys() if is_of_trial else [*SweepSpec.model_fields, *dotted_keys_of(spec_class())]
     if key not in valid:

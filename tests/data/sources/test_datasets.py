@@ -188,8 +188,8 @@ def test_bad_lines_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(ManifestError) as caught:
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets")
     assert [finding.partition("train.txt:")[2] for finding in caught.value.findings] == [
-        "2: 'b.png' is not a path and a label",
-        "5: 'd.png' is not a path and a label",
+        "2: 'b.png' is not a path and a label; write both",
+        "5: 'd.png' is not a path and a label; write both",
     ]
 
 
@@ -233,7 +233,7 @@ def test_a_slip_among_class_ids_makes_no_names_of_them(tmp_path: Path, class_nam
     (tmp_path / "train.txt").write_text("a.jpg 0\nb.jpg 1\nc.jpg 2\nd.jpg x1\ne.jpg\n")
     with pytest.raises(ManifestError) as caught:
         from_lists({"train": str(tmp_path / "train.txt")}, str(tmp_path), "pets", class_names=class_names)
-    assert caught.value.findings[0].endswith("train.txt:5: 'e.jpg' is not a path and a label")
+    assert caught.value.findings[0].endswith("train.txt:5: 'e.jpg' is not a path and a label; write both")
     assert caught.value.findings[1].startswith("1 label is no class id where most are ids: 'x1'; fix them")
     (tmp_path / "rows.csv").write_text("path,label,split\na.jpg,cat,train\nb.jpg,dog,train\nc.jpg,5,train\n")
     with pytest.raises(ManifestError, match="1 label is a class id where most are names: '5'"):
@@ -721,8 +721,9 @@ def test_wrong_sizes_are_said_with_the_right_ones(tmp_path: Path) -> None:
     with pytest.raises(ManifestError) as caught:
         build_dataset("places_lt", str(tmp_path))
     assert caught.value.findings == (
-        "train has 62,400 images, and the official list has 62,500",
-        "classes have 6 to 4,980 training images, and the official list has 5 to 4,980",
+        "train has 62,400 images, and the official list has 62,500; use the official lists as they are",
+        "classes have 6 to 4,980 training images, and the official list has 5 to 4,980; "
+        "use the official lists as they are",
     )
 
 

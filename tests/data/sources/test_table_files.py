@@ -39,7 +39,10 @@ def classes(manifest: Manifest) -> list[str]:
 def test_empty_cells_are_counted(read: Callable[..., Any]) -> None:
     with pytest.raises(ManifestError) as caught:
         read("path,label,split\na.jpg,cat,\nb.jpg,,train\nc.jpg,cat,\n")
-    assert caught.value.findings == ("1 row has no 'label'", "2 rows have no 'split'")
+    assert caught.value.findings == (
+        "1 row without 'label'; fill it in, or remove it",
+        "2 rows without 'split'; fill it in, or remove them",
+    )
 
 
 @pytest.mark.parametrize(

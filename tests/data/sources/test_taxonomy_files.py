@@ -76,8 +76,8 @@ def test_every_mistake_of_a_file_of_parents_is_named(tmp_path: Path) -> None:
         "'Felidea' is a parent and has no row; give it one, with an empty parent if it has none; did you mean "
         "'Felidae'?",
         "'fox' is no class; valid: cat, lynx, wolf",
-        "'egg' in 'hen' in 'egg' is a circle",
-        "'own' in 'own' is a circle",
+        "'egg' in 'hen' in 'egg' is a circle; correct a parent",
+        "'own' in 'own' is a circle; correct a parent",
         "'cat' has 2 ancestors, and the ranks above the classes are level 1",
     ]
 
@@ -126,7 +126,10 @@ def test_names_that_only_look_different_are_told_apart(tmp_path: Path) -> None:
 def test_a_long_circle_and_a_long_list_have_short_texts(tmp_path: Path) -> None:
     text = "class,parent\n" + "".join(f"x{number},x{(number + 1) % 500}\n" for number in range(500))
     (circle,) = [finding for finding in findings_of(tmp_path, text, ("lynx",)) if "circle" in finding]
-    assert circle == "'x0' in 'x1' in 'x2' in 'x3' in 'x4' in 'x5' in 'x6' in 'x7' in ... in 'x0' is a circle"
+    assert (
+        circle
+        == "'x0' in 'x1' in 'x2' in 'x3' in 'x4' in 'x5' in 'x6' in 'x7' in ... in 'x0' is a circle; correct a parent"
+    )
     many = str(ManifestError("tree.csv", [f"{number} is wrong" for number in range(1_000)], "tree")).splitlines()
     assert (len(many), many[0], many[-1]) == (202, "1000 things are wrong with the tree tree.csv:", "  and 800 more.")
 

@@ -300,7 +300,7 @@ parameters:
         "s.yaml:11: uniform of optim.lr must be [low, high] of numbers, and is [1].",
         "s.yaml:12: optim.lr needs exactly one of choice, uniform, loguniform, int, and has uniform and int.",
         "s.yaml:12: 'when' of optim.lr must name keys and their values, such as {method: decoder}, and is 'decoder'.",
-        "s.yaml:13: choice of optim.nesterov has 1.0 twice.",
+        "s.yaml:13: choice of optim.nesterov has 1.0 twice; remove one.",
         "s.yaml:14: optim.weight_decay has an empty list of branches; give one, or remove the key.",
         "s.yaml:15: optim.warmup_fraction must be a range such as {uniform: [0, 1]}, and is 0.5.",
         "s.yaml:16: choice of train.num_epochs must list plain values, and has [1].",

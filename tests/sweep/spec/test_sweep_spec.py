@@ -191,7 +191,7 @@ def test_every_wrong_setting_at_once_with_where_it_was_set() -> None:
         "--set: optim.lr must be a valid number, and is 'fast'.",
         "--set: data.on_bad_image must be 'quarantine' or 'strict', and is 'strct'.",
         "--set: 'base.optim.lr' is set as 'optim.lr'.",
-        "--set: space is set as a whole, not 'space.parameters'.",
+        "--set: space is set as a whole, not 'space.parameters'; name all its parts.",
         "--set: 'searcher.sed' is no key of a sweep or trial; did you mean 'searcher.seed'?",
     ]
 
