@@ -156,24 +156,26 @@ def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(
     # The features are there first: on a busy machine they alone would use up the hours.
     imbvlm("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0", "--image-size", "64",
            "--set", "eval.resize=1.0", cwd=home)  # fmt: skip
-    long = ["--set", "method=linear_probe", "--set", "train.num_epochs=1000", "--set", "trial_scheduler.name=none"]
-    hours = 30 / 3600
+    long = ["--set", "method=linear_probe", "--set", "train.num_epochs=1500", "--set", "trial_scheduler.name=none"]
+    hours = 45 / 3600
     printed = run(
         QUICKSTART, "--smoke", *long, "--set", f"max_hours={hours}", "--set", "num_trials=2", cwd=home, code=1
     )
     sweep = newest(home)
-    assert f"max_hours {hours:g} is used up: 0 of 2 trials have ended, 2 paused; go on with: imbvlm" in printed
+    states = [record["state"] for record in trials(sweep).values() if record["kind"] == "search"]
+    # A busy machine may not have begun the second.
+    assert set(states) == {"paused"}
+    ended = f"max_hours {hours:g} is used up: 0 of 2 trials have ended, {len(states)} paused; go on with: imbvlm"
+    assert ended in printed
     assert "no trial has ended yet" in printed
-    paused = trials(sweep)
-    assert {record["state"] for record in paused.values() if record["kind"] == "search"} == {"paused"}
     assert "test.json" not in {path.name for path in sweep.iterdir()}
     used = json.loads((sweep / "spent.json").read_text())["seconds"]
-    assert 10 <= used < 60
+    assert 15 <= used < 90
     imbvlm("sweep", "resume", str(sweep), "--set", "max_hours=1", cwd=home)
     after = trials(sweep)
     for trial_id in ("t00001", "t00002"):
         assert after[trial_id]["state"] == "finished"
-        assert [epoch["epoch"] for epoch in after[trial_id]["epochs"]] == list(range(1, 1001))
+        assert [epoch["epoch"] for epoch in after[trial_id]["epochs"]] == list(range(1, 1501))
     assert json.loads((sweep / "spent.json").read_text())["seconds"] > used
 
 
@@ -192,5 +194,8 @@ def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home: Pat
     assert (sweep / "best.yaml").exists()
     used = json.loads((sweep / "spent.json").read_text())
     assert used["machine_seconds"] == used["seconds"]
-    assert 0.7 < 36 * used["machine_seconds"] / 3600 < 1.5
+    # The search leaves money for the refits, however long a busy machine takes for them.
+    searched = used["seconds"] - used["phases"]["refits"]
+    assert 36 * searched / 3600 < 1
+    assert 36 * used["seconds"] / 3600 > 0.7
     assert all(record["state"] in ("finished", "stopped", "paused") for record in trials(sweep).values())
