@@ -66,7 +66,7 @@ def show_text(state: SweepState) -> str:
         parts += [seeds_table(log, spec, width)] if seeds_rows(log, spec) else []
         selection = read_selection(state.folder)
         parts += [] if selection is None else [describe_selection(selection, log, spec, bool(state.scored))]
-        parts += [verdict(log, spec)]
+        parts += [verdict(log, spec, selection)]
         parts += ["", pareto_table(pareto_records(log, spec), spec, width)] if spec.other_objectives else []
     if state.scored:
         on_test = delivered_verdict(log, spec.objective)

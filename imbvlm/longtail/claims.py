@@ -62,23 +62,13 @@ class PairedDifference:
     num_groups: int | None = None
 
 
-def bias_corrected_claims(
-    choose: Callable[[Tensor], Tensor],
-    targets: Tensor,
-    stats: ClassStats,
-    *,
-    groups: Labels | None = None,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
+def claims_of_rows(
+    correct: Floats, targets: Tensor, stats: ClassStats, groups: Labels | None = None
 ) -> dict[str, Claim]:
     """Claims of balanced accuracy and of each shot group's accuracy, for those that have rows.
 
-    `choose(row_weights)` makes the whole choice on rows with class-balanced weights (N,), and gives which rows (N,) its
-    predictor has correct. Each bootstrap chooses on its own rows and is scored on the others (BBC-CV)
-    [Tsamardinos et al. 2018]. targets (N,). Rows with `groups` (N,) are resampled by whole groups. Raises ImbvlmError
-    for fewer than two rows or groups.
+    `correct` (N,) is that of `out_of_bag_accuracy`, of rows of targets (N,) that may have groups (N,).
     """
-    correct = out_of_bag_accuracy(choose, targets, groups=groups, num_resamples=num_resamples, seed=seed)
     labels = targets.numpy()
     return {
         name: macro_claim(correct[rows], labels[rows], None if groups is None else groups[rows])
@@ -167,11 +157,13 @@ def out_of_bag_accuracy(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Floats:
-    """Share (N,) of the bootstraps without a row whose choice has the row correct; rows of `bias_corrected_claims`.
+    """Share (N,) of the bootstraps without a row whose choice has the row correct (BBC-CV) [Tsamardinos et al. 2018].
 
-    Averages by row give each class its weight. Averages by bootstrap would count small classes less, which often have
-    no row outside. A row of a class of one is outside as often as any other. Rows of one of the `groups` (N,) are
-    outside together.
+    `choose(row_weights)` makes the whole choice on rows with class-balanced weights (N,), and gives which rows (N,) its
+    predictor has correct. Each bootstrap chooses on its own rows and is scored on the others. Averages by row give each
+    class its weight. Averages by bootstrap would count small classes less, which often have no row outside. A row of a
+    class of one is outside as often as any other. Rows of one of the `groups` (N,) are outside together. Raises
+    ImbvlmError for fewer than two rows or groups.
     """
     labels = targets.numpy()
     unit = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]

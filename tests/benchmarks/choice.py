@@ -25,7 +25,14 @@ from imbvlm.data.manifest_schema import SPLITS
 from imbvlm.data.splits import carve_validation
 from imbvlm.features.extraction import ensure_features
 from imbvlm.longtail.blending import Blend, BlendPool, Candidate, select_blend
-from imbvlm.longtail.claims import Claim, RowOutcomes, bias_corrected_claims, corrected_claims, macro_claim
+from imbvlm.longtail.claims import (
+    Claim,
+    RowOutcomes,
+    claims_of_rows,
+    corrected_claims,
+    macro_claim,
+    out_of_bag_accuracy,
+)
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.logits import log_prior
 from imbvlm.longtail.metrics import balanced_standard_error
@@ -397,7 +404,7 @@ def claimed(plan: Plan, pool: Pool, seed: int) -> tuple[ClaimedDraw, ClaimedDraw
         return heads.correct(heads.select(row_weights, blend.num_passes))
 
     naive = choose(balanced_row_weights(folds.targets)).double().numpy()
-    plain = bias_corrected_claims(choose, folds.targets, sample.stats, seed=seed)
+    plain = claims_of_rows(out_of_bag_accuracy(choose, folds.targets, seed=seed), folds.targets, sample.stats)
     by_folds, by_pairs, row_of = scored_rows(blend, pool, sample, naive)
     claims = corrected_claims(plain, by_folds, by_pairs, row_of, folds.targets, sample.stats)
     right = (blend.combine(truth.logits).argmax(dim=1) == truth.targets).double().numpy()

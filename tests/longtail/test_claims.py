@@ -16,7 +16,7 @@ from imbvlm.base.formatting import Z95
 from imbvlm.longtail.claims import (
     Claim,
     RowOutcomes,
-    bias_corrected_claims,
+    claims_of_rows,
     corrected_claims,
     macro_claim,
     out_of_bag_accuracy,
@@ -52,7 +52,8 @@ def test_the_interval_of_the_best_of_thirty_covers_its_truth_and_the_naive_value
     claims, naive, truths, few_truths, few_claims = [], [], [], [], []
     for _ in range(120):
         correct, accuracy = simulated(rng)
-        result = bias_corrected_claims(lambda rows: best_of(correct, rows), labels, stats, num_resamples=60)  # noqa: B023
+        outcomes = out_of_bag_accuracy(lambda rows: best_of(correct, rows), labels, num_resamples=60)  # noqa: B023
+        result = claims_of_rows(outcomes, labels, stats)
         best = int((correct.double() @ weights).argmax())
         claims.append(result["balanced_accuracy"])
         few_claims.append(result["few_shot_accuracy"])
@@ -79,9 +80,9 @@ def test_without_a_choice_the_claim_is_the_accuracy_itself(counts: list[int], se
     labels = labels_of(np.array(counts))
     correct = rng.random(len(labels)) < 0.6
     stats = ClassStats.from_counts(np.array(counts) * 10)
-    result = bias_corrected_claims(
-        lambda _: torch.from_numpy(correct), torch.from_numpy(labels), stats, num_resamples=5
-    )
+    targets = torch.from_numpy(labels)
+    outcomes = out_of_bag_accuracy(lambda _: torch.from_numpy(correct), targets, num_resamples=5)
+    result = claims_of_rows(outcomes, targets, stats)
     by_class = {label: correct[labels == label].mean() for label in set(labels.tolist())}
     claim = result["balanced_accuracy"]
     assert claim.value == pytest.approx(np.mean(list(by_class.values())))
@@ -350,9 +351,11 @@ def test_fewer_than_ten_groups_have_no_interval(num_groups: int) -> None:
     groups = np.arange(90) // 3 % num_groups
     right = torch.from_numpy(np.arange(90) % 4 > 0)
     stats = ClassStats.from_counts([300, 50, 10])
-    claims = bias_corrected_claims(lambda _: right, torch.from_numpy(labels), stats, groups=groups, num_resamples=5)
+    targets = torch.from_numpy(labels)
+    outcomes = out_of_bag_accuracy(lambda _: right, targets, groups=groups, num_resamples=5)
+    claims = claims_of_rows(outcomes, targets, stats, groups)
     scored = RowOutcomes(np.ones(90), np.full(90, 8))
-    corrected_ = corrected_claims(claims, scored, scored, np.arange(90), torch.from_numpy(labels), stats, groups)
+    corrected_ = corrected_claims(claims, scored, scored, np.arange(90), targets, stats, groups)
     for claim in (*claims.values(), *corrected_.values()):
         assert (claim.standard_error, claim.half_width, claim.num_groups) == (None, np.inf, num_groups)
     difference = paired_difference(right.numpy(), ~right.numpy(), labels, groups=groups)

@@ -16,13 +16,14 @@ from imbvlm.base.text_tables import UNLIMITED, table
 from imbvlm.config.encoder_entries import score_notes
 from imbvlm.data.manifest import Manifest
 from imbvlm.data.split_power import resolve_folds, validation_rows
-from imbvlm.longtail.claims import paired_difference
+from imbvlm.longtail.claims import PairedDifference, paired_difference
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.taxonomy import LCA_HEIGHT, RANK_ERROR
 from imbvlm.sweep.records.adjustment_selection import NUM_BEST, logits_file
 from imbvlm.sweep.records.difference import ALL_SPLITS, Difference, splits_of, title_in, values_in
 from imbvlm.sweep.records.provenance import data_name
 from imbvlm.sweep.records.trial_log import ENDED, TrialLog, TrialRecord, describe_trial, last_values, name_rank
+from imbvlm.sweep.records.winner_selection import Selection
 from imbvlm.sweep.spec.objectives import SECONDS, metric_value, outcome, pareto_indices
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
 from imbvlm.training.test_predictions import TEST
@@ -138,19 +139,23 @@ def objective_text(spec: SweepSpec) -> str:
     return spec.objective.removeprefix("val/").replace("_", " ")
 
 
-def verdict(log: TrialLog, spec: SweepSpec) -> str:
-    """A sentence: whether the winner beats the best baseline on validation, by the interval of their difference.
+def verdict(log: TrialLog, spec: SweepSpec, selection: Selection | None) -> str:
+    """A sentence: whether the delivered model beats the best baseline on validation, by the interval of its gain.
 
-    A trial with several seeds counts by their mean, as in the selection.
+    Where the objective has selected, and in sweeps of version 0.1, it is of the winner and of baselines without
+    adjustment. A trial with several seeds then counts by their mean, as in the selection.
     """
     best, baselines = log.winner_first(spec.objective)[0], log.best(spec.objective, "baseline")
-    if best.kind == "baseline" and log.selected is not None and log.selected.members:
-        return f"the best single model by log-likelihood is the baseline {best.name}, and the blend beats it"
-    if best.kind == "baseline":
+    is_blend = log.selected is not None and bool(log.selected.members)
+    if best.kind == "baseline" and not is_blend:
         return f"validation selects the baseline {best.name} by log-likelihood; try more trials or another space"
     if log.constraint_violation(best, spec.objective):
         limits = " and ".join(f"{metric} {limit:g}" for metric, limit in spec.constraints.items())
         return f"no trial meets the constraints ({limits}); {best.trial_id} comes nearest: try more trials"
+    if selection is not None and selection.gain is not None:
+        return _corrected_verdict(selection.gain, log.records[selection.baseline].name, is_blend=is_blend)
+    if best.kind == "baseline":
+        return f"the best single model by log-likelihood is the baseline {best.name}, and the blend beats it"
     if not baselines:
         return "no baseline gave a result"
     name, values = baselines[0].name, log.seed_values(best, spec.objective)
@@ -170,6 +175,17 @@ def verdict(log: TrialLog, spec: SweepSpec) -> str:
         )
     sentence = f"{which} {difference.text} on validation ({difference.interval_text})"
     return sentence if difference.is_win else f"{sentence}: no win is shown"
+
+
+def _corrected_verdict(gain: PairedDifference, baseline: str, *, is_blend: bool) -> str:
+    difference = Difference(f"the baseline {baseline}", gain.difference, gain.low, gain.high, gain.num_groups)
+    sentence = (
+        f"{'the blend' if is_blend else 'the winner'} is {difference.text} in balanced accuracy on validation, both as "
+        f"adjusted, corrected for the selection ({difference.interval_text})"
+    )
+    if difference.is_win:
+        return sentence
+    return f"{sentence}: no win is shown{'; try more trials or another space' if gain.difference <= 0 else ''}"
 
 
 def _over_groups(difference: Difference, folder: str, ours: TrialRecord, theirs: TrialRecord) -> Difference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,16 @@ from imbvlm.longtail.blending import (
     blended_logits,
     select_blend,
 )
-from imbvlm.longtail.claims import Claim, RowOutcomes, bias_corrected_claims, corrected_claims
+from imbvlm.longtail.claims import (
+    Claim,
+    Floats,
+    PairedDifference,
+    RowOutcomes,
+    claims_of_rows,
+    corrected_claims,
+    out_of_bag_accuracy,
+    paired_difference,
+)
 from imbvlm.longtail.class_stats import ClassStats
 from imbvlm.longtail.group_gap import group_note
 from imbvlm.longtail.post_hoc_adjustment import balanced_row_weights, fit_temperature
@@ -54,7 +63,9 @@ class Selection:
     delivered predictor's accuracies, over `num_rows` validation rows of so many folds, of which `num_official` are of
     the official split. `members` are those of the delivered blend, whose logits are divided by `temperature`; none
     where the winner alone is delivered. `decisions` were for or against blends, and `objection` says why none was
-    sought. `is_size_corrected` says that the claims are of models that train on all images.
+    sought. `is_size_corrected` says that the claims are of models that train on all images. `gain` is the delivered
+    predictor's balanced accuracy, corrected for the selection, over that of the best baseline, whose id is `baseline`,
+    as adjusted; None without either.
     """
 
     winner: str
@@ -68,6 +79,8 @@ class Selection:
     objection: str = ""
     num_official: int = 0
     is_size_corrected: bool = False
+    baseline: str = ""
+    gain: PairedDifference | None = None
 
     @property
     def rows(self) -> str:
@@ -109,6 +122,11 @@ class _Pool:
     def has_rows_of(self, saved: SavedValLogits) -> bool:
         """Whether saved logits are of the same rows."""
         return torch.equal(self.targets, saved.targets) and torch.equal(self.folds, saved.folds)
+
+    @property
+    def rows(self) -> tuple[Tensor, ClassStats, Rows | None]:
+        """Labels (N,), class statistics and groups (N,) of the rows."""
+        return self.targets, self.stats, None if self.groups is None else self.groups.numpy()
 
     @property
     def is_official(self) -> Tensor:
@@ -160,7 +178,11 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0
         blend, temperature = _select_blend(pool, blend_pool, parts, spec.blends)
         num_passes, members = blend.num_passes, blend.members if len(blend.members) > 1 else ()
         selection = replace(selection, members=members, decisions=blend.decisions, temperature=temperature)
-    return selection if num_test else replace(selection, claims=_claims(pool, blend_pool, spec, num_passes))
+    correct = _corrected_outcomes(pool, blend_pool, spec, num_passes)
+    if correct is None:
+        return selection
+    selection = _with_gain(selection, pool, {record.trial_id for record in log.of("baseline")}, correct)
+    return selection if num_test else replace(selection, claims=claims_of_rows(correct, *pool.rows))
 
 
 def correct_claims(
@@ -211,7 +233,8 @@ def read_selection(folder: str) -> Selection | None:
         claims = {metric: Claim(**claim) for metric, claim in content["claims"].items()}
         members = tuple(BlendMember(**member) for member in content["members"])
         decisions = tuple(BlendDecision(**decision) for decision in content["decisions"])
-        return Selection(**{**content, "claims": claims, "members": members, "decisions": decisions})
+        gain = None if content.get("gain") is None else PairedDifference(**content["gain"])
+        return Selection(**{**content, "claims": claims, "members": members, "decisions": decisions, "gain": gain})
 
     return read_json(storage.join(folder, SELECTION_FILE), parse, resume_fix(folder))
 
@@ -336,15 +359,27 @@ def _of_more_seeds(
     return values
 
 
-def _claims(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, num_passes: int) -> dict[str, Claim]:
-    """Bias-corrected claims of what the whole selection delivers; none for a single row or group."""
-    groups = None if pool.groups is None else pool.groups.numpy()
+def _corrected_outcomes(pool: _Pool, blend_pool: BlendPool, spec: SweepSpec, num_passes: int) -> Floats | None:
+    """How often (N,) what the whole selection delivers has a row correct; None for a single row or group."""
+    *_, groups = pool.rows
     if len(np.unique(np.arange(len(pool.targets)) if groups is None else groups)) < 2:
-        return {}
+        return None
     max_members = 1 if spec.blends is None else spec.blends.max_members
     strongest = blend_pool.strongest(max(MIN_CANDIDATES, MAX_CLAIM_ELEMENTS // pool.candidates[0].logits.numel()))
 
     def correct_of_selected(row_weights: Tensor) -> Tensor:
         return strongest.correct(strongest.select(row_weights, num_passes, max_members))
 
-    return bias_corrected_claims(correct_of_selected, pool.targets, pool.stats, groups=groups)
+    return out_of_bag_accuracy(correct_of_selected, pool.targets, groups=groups)
+
+
+def _with_gain(selection: Selection, pool: _Pool, baselines: Set[str], correct: Floats) -> Selection:
+    """The selection with its gain over the best of the baselines on the same rows, whose logits are adjusted, too."""
+    own = [candidate for candidate in pool.candidates if candidate.name in baselines]
+    if not own:
+        return selection
+    best = max(own, key=lambda candidate: selection.log_likelihoods[candidate.name])
+    theirs = (best.logits.argmax(dim=1) == pool.targets).numpy()
+    labels, _, groups = pool.rows
+    gain = paired_difference(correct, theirs, labels.numpy(), groups=groups)
+    return replace(selection, baseline=best.name, gain=gain)

@@ -185,7 +185,7 @@ def _verdict(source: ReportData) -> Verdict:
         return Verdict("No trial has given a result yet.", "", False)
     if source.verdict_on_test is not None:
         return source.verdict_on_test
-    sentence = verdict(source.log, source.spec)
+    sentence = verdict(source.log, source.spec, source.selection)
     details = "No test split has been scored: it takes images in a folder test/ next to train/, or --test-share."
     return Verdict(f"{sentence[0].upper()}{sentence[1:]}.", details, False)
 

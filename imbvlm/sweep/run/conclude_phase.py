@@ -40,7 +40,7 @@ def conclude(run: SweepRun, seconds: float) -> None:
     echo("\n".join([search_table(run.log, run.spec, run.console.width), *note_lines(run.log, run.spec)]))
     if run.selection is not None:
         echo(describe_selection(run.selection, run.log, run.spec, "test" in run.manifest.splits))
-    echo(verdict(run.log, run.spec))
+    echo(verdict(run.log, run.spec, run.selection))
     if run.spec.other_objectives:
         _write_pareto(run)
     data = ReportData.read(run.folder)

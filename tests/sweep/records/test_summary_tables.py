@@ -73,7 +73,7 @@ def test_a_win_on_validation_is_beyond_the_95_percent_interval(gain: float, word
     log.records = {"t1": record("t1", 0.5 + gain), "b1": record("b1", 0.5, "linear_probe", "baseline", "probe")}
     for one in log.records.values():
         one.epochs[0]["val/balanced_standard_error"] = 0.02
-    assert summary_tables.verdict(log, SPEC).startswith(words)
+    assert summary_tables.verdict(log, SPEC, None).startswith(words)
 
 
 def test_a_trial_in_a_few_words() -> None:

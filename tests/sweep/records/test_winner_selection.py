@@ -161,9 +161,10 @@ def test_a_baseline_may_win_and_then_no_win_is_shown(log: TrialLog, spec: SweepS
     assert selection.winner == "b00001"
     assert "the baseline b00001" in describe_selection(selection, log, spec, has_test=True)
     log.selected = selection.selected
-    assert verdict(log, spec).startswith("validation selects the baseline linear probe by log-likelihood; try more")
+    sentence = verdict(log, spec, selection)
+    assert sentence.startswith("validation selects the baseline linear probe by log-likelihood; try more")
     log.selected = replace(selection.selected, members=("b00001", "t00001"))
-    assert verdict(log, spec).endswith("is the baseline linear probe, and the blend beats it")
+    assert verdict(log, spec, None).endswith("is the baseline linear probe, and the blend beats it")
     log.selected = selection.selected
     assert log.best_trial(spec.objective).trial_id == "t00001"
     chosen = refits(log, spec)
@@ -208,7 +209,7 @@ def test_where_nothing_is_gained_the_winner_is_delivered_alone(log: TrialLog, sp
     assert read_selection(log.folder) == selection
     again = TrialLog.read(log.folder)
     assert again.selected == selection.selected
-    assert "the blend beats it" not in verdict(again, spec)
+    assert "the blend" not in verdict(again, spec, selection)
 
 
 def set_groups(log: TrialLog, num_groups: int) -> None:
@@ -239,7 +240,9 @@ def test_claims_and_verdict_on_images_in_groups_are_of_groups(
     write_selection(log.folder, selection)
     assert read_selection(log.folder) == selection
     note = "40 groups resampled" if num_groups == 40 else "its 95 % interval isn't known: 6 groups are too few for one"
-    assert note in verdict(log, spec)
+    log.selected = selection.selected
+    assert note in verdict(log, spec, selection)
+    assert note in verdict(log, spec, None)
 
 
 def test_claims_need_two_groups(log: TrialLog, spec: SweepSpec) -> None:
@@ -306,6 +309,48 @@ def test_claims_are_of_the_selection_and_below_the_best_of_many(log: TrialLog, s
     right = torch.full((len(COUNTS),), int(40 * truth)).numpy()
     assert claim.standard_error == pytest.approx(balanced_standard_error(right, 0 * right + 40), rel=0.1)
     assert claim.num_rows == len(targets())
+
+
+def test_a_win_is_over_the_best_baseline_as_adjusted(log: TrialLog, spec: SweepSpec) -> None:
+    """The prior alone cost a probe 30 points, and the winner was said to be so far above it."""
+    plain = logits(0, 1.0)
+    add(log, "b00001", 0.5, plain + torch.tensor(COUNTS).log(), "baseline", "linear probe")
+    add(log, "b00002", 0.6, logits(1, 4.0), "baseline", "class means")
+    add(log, "t00001", 0.9, logits(0, 0.98))
+    selection = selected(log, sweep_spec(blend=None))
+    log.selected = selection.selected
+    assert (selection.winner, selection.baseline) == ("t00001", "b00001")
+    assert selection.gain.low <= 0 <= selection.gain.high
+    assert re.fullmatch(
+        r"the winner is [+-]\d\.\d points from the baseline linear probe in balanced accuracy on validation, both as "
+        r"adjusted, corrected for the selection \(95 % interval [+-]\d\.\d to [+-]\d\.\d\): no win is shown"
+        r"(; try more trials or another space)?",
+        verdict(log, spec, selection),
+    )
+    add(log, "t00002", 0.7, logits(0, 0.5))
+    selection = selected(log, sweep_spec(blend=None))
+    log.selected = selection.selected
+    assert selection.gain.low > 0
+    assert "points above the baseline linear probe in balanced accuracy" in verdict(log, spec, selection)
+    write_selection(log.folder, selection)
+    assert read_selection(log.folder) == selection
+
+
+def test_of_equally_good_trials_the_best_has_no_gain_over_a_baseline(log: TrialLog, spec: SweepSpec) -> None:
+    """By its own rows the best of twenty seems to be better."""
+    values = {f"t{number:05d}": logits(number, 2.0) for number in range(20)}
+    add(log, "b00001", 0.5, logits(100, 2.0), "baseline", "linear probe")
+    for trial_id, own in values.items():
+        add(log, trial_id, 0.5, own)
+    selection = selected(log, sweep_spec(blend=None))
+    naive, base = (
+        float((own.argmax(dim=1) == targets()).double().mean()) for own in (values[selection.winner], logits(100, 2.0))
+    )
+    assert selection.gain.difference < naive - base - 0.02
+    assert selection.gain.low <= 0
+    with_test = select_winner(log.folder, log, spec, num_test=10)
+    assert with_test.claims == {}
+    assert with_test.gain is not None
 
 
 def test_a_claim_wider_than_ten_points_is_no_number(log: TrialLog, spec: SweepSpec) -> None:

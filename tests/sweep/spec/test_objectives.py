@@ -133,7 +133,7 @@ def test_who_breaks_a_constraint_is_not_chosen_and_the_tables_say_so(tmp_path: P
     assert sorted(ranked) == sorted(record.trial_id for record in free.best(OVERALL))
     log.constraints = {FEW: 0.99}
     assert "no trial meets the constraints (val/few_shot_accuracy 0.99)" in verdict(
-        log, sweep_spec(constraints={FEW: 0.99})
+        log, sweep_spec(constraints={FEW: 0.99}), None
     )
     assert search_table(log, spec).count("BREAKS A CONSTRAINT") == 8
 
