@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -188,6 +189,7 @@ class Console:
         sys.stdout.flush()
         sys.stderr.flush()
         saved, ours = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}, self._stream
+        token = LAST_WORD.set(LastWord(descriptor=saved[2], before="\n" if self._redraws else ""))
         with sink:
             for descriptor in saved:
                 os.dup2(sink.fileno(), descriptor)
@@ -196,6 +198,7 @@ class Console:
         try:
             yield
         finally:
+            LAST_WORD.reset(token)
             with suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -240,3 +243,7 @@ class LastWord:
     def text(self, sentence: str) -> str:
         """The whole line."""
         return f"imbvlm: {sentence}; then {self.fix}"
+
+
+# On standard error, also while the output of libraries is redirected to a file.
+LAST_WORD: ContextVar[LastWord] = ContextVar("LAST_WORD", default=LastWord())  # noqa: B039

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import ray
 
 from imbvlm.base import interrupts
-from imbvlm.base.console import LastWord
+from imbvlm.base.console import LAST_WORD, LastWord
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.plugins import active_plugins, call_with
 from imbvlm.ray_runtime.capacity_notice import ended_when
@@ -67,7 +67,7 @@ def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
     address, watch = _address_that_answers(), _Watch()
     try:
         # Ray may end this process without a message while it connects, too.
-        with ended_when(watch.lost, last_word or LastWord()):
+        with ended_when(watch.lost, last_word or LAST_WORD.get()):
             if address is None:
                 _start_here()
             else:

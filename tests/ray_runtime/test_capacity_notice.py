@@ -113,6 +113,30 @@ def test_what_hangs_on_a_cluster_that_is_gone_ends_with_a_sentence(
     assert (log.read_text() if log.exists() else "") == (done.stdout if "imbvlm: " in printed else "")
 
 
+REDIRECTED = """
+import os, sys
+from pathlib import Path
+from imbvlm.base.console import LAST_WORD, Console
+from imbvlm.ray_runtime.capacity_notice import ended_when
+
+with Console().redirect_output(Path(sys.argv[1])):
+    with ended_when(lambda failed: None, LAST_WORD.get()):
+        os.write(2, b"of a library\\n")
+        os._exit(1)
+"""
+
+
+def test_a_command_that_redirects_its_libraries_output_says_its_last_sentence_to_the_user(tmp_path: Path) -> None:
+    """A features pass, an export and a comparison of encoders had it in their log alone, and ended without a word."""
+    done = subprocess.run(
+        [sys.executable, "-c", REDIRECTED, str(tmp_path / "log")],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("imbvlm: this run was ended without a message: .*; then type the command again\n", done.stderr)
+    assert (tmp_path / "log").read_text() == "of a library\n"
+
+
 INTERRUPTED = """
 import subprocess
 from imbvlm.base.console import LastWord; from imbvlm.ray_runtime.capacity_notice import ended_when
