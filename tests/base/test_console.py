@@ -19,7 +19,7 @@ import pyte
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pty_screen import PtyScreen, RewrappingScreen
+from pty_screen import ClippingScreen, PtyScreen, RewrappingScreen
 
 from imbvlm.base import console as console_file
 from imbvlm.base.console import Console
@@ -56,7 +56,7 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("screen", [pyte.Screen, RewrappingScreen])
+@pytest.mark.parametrize("screen", [ClippingScreen, RewrappingScreen])
 @settings(deadline=None, max_examples=15)
 @given(STEPS)
 def test_sentences_stay_and_only_the_last_view_is_there_however_the_terminal_is_resized(

@@ -14,10 +14,26 @@ from typing import TextIO
 import pyte
 
 
+class ClippingScreen(pyte.Screen):
+    """Cuts rows off when it becomes smaller, as xterm does: those below the cursor first, then those at the top.
+
+    A plain `pyte.Screen` cuts at the top, also where the rest is empty, and leaves the cursor where it was.
+    """
+
+    def resize(self, lines: int | None = None, columns: int | None = None) -> None:
+        cut = max(0, self.lines - (lines or self.lines))
+        row, column, below = self.cursor.y, self.cursor.x, min(cut, self.lines - 1 - self.cursor.y)
+        if below:
+            self.cursor.y = 0
+            self.insert_lines(below)
+        super().resize(lines, columns)
+        self.cursor.y, self.cursor.x = row - (cut - below), min(column, self.columns - 1)
+
+
 class RewrappingScreen(pyte.Screen):
     """Wraps long rows again when its size changes, and moves rows into a scrollback and back.
 
-    So do most terminals; xterm and a plain `pyte.Screen` cut rows off.
+    So do most terminals.
     """
 
     def __init__(self, columns: int, lines: int) -> None:
@@ -46,7 +62,7 @@ class RewrappingScreen(pyte.Screen):
 class PtyScreen:
     """A terminal with a program's side, `descriptor` and `stream`, and a screen that shows what is written to it."""
 
-    def __init__(self, columns: int, lines: int, screen: type[pyte.Screen] = pyte.Screen) -> None:
+    def __init__(self, columns: int, lines: int, screen: type[pyte.Screen] = ClippingScreen) -> None:
         self.controller, self.descriptor = pty.openpty()
         self.stream: TextIO = os.fdopen(os.dup(self.descriptor), "w", encoding="utf-8")
         self.screen, self.written = screen(columns, lines), b""
