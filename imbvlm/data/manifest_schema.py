@@ -69,7 +69,7 @@ def is_utf8(text: str) -> bool:
 def seeded(seed: int) -> np.random.Generator:
     """A generator of random numbers; raises ImbvlmError for a negative seed."""
     if seed < 0:
-        raise ImbvlmError(f"a seed must be a whole number from 0 on, got {seed}.")
+        raise ImbvlmError(f"a seed must be a whole number from 0 on, got {seed}. Give one such as 0.")
     return np.random.default_rng(seed)
 
 

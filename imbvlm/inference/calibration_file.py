@@ -121,12 +121,14 @@ class ModelCalibration:
         if prevalence == EVEN:
             return np.ones(len(self.class_names))
         if isinstance(prevalence, str):
-            raise ImbvlmError(f"a prevalence must be {TRAINING}, {EVEN} or shares by class, got {prevalence!r}.")
+            raise ImbvlmError(
+                f"a prevalence must be {TRAINING}, {EVEN} or shares by class, got {prevalence!r}. Give one of them."
+            )
         shares = np.zeros(len(self.class_names))
         possible_labels(prevalence, self.class_names, "classes with a share")
         for name, share in prevalence.items():
             if not 0 <= share < math.inf:
-                raise ImbvlmError(f"the share of {name!r} must be a number from 0 up, got {share!r}.")
+                raise ImbvlmError(f"the share of {name!r} must be a number from 0 up, got {share!r}. Correct it.")
             own = possible_labels([name], self.class_names)
             shares[own] = share / len(own)
         return shares

@@ -26,7 +26,9 @@ def check_out(out: str) -> None:
     """Raise ImbvlmError for a name without the suffix of a known format, or a location that can't be written."""
     storage.check_location(out)
     if not out.endswith(OUT_SUFFIXES):
-        raise ImbvlmError(f"the name after --out must end with {', '.join(OUT_SUFFIXES)}, got {out!r}.")
+        raise ImbvlmError(
+            f"the name after --out must end with {', '.join(OUT_SUFFIXES)}, got {out!r}. Give it one of these endings."
+        )
 
 
 def write_predictions(predictions: Iterable[Prediction], out: str, top: int, decided: Sequence[str] = ()) -> None:

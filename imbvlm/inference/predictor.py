@@ -374,7 +374,9 @@ def _several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
 
 def _checked_top(top: int) -> int:
     if isinstance(top, bool) or not hasattr(top, "__index__") or operator.index(top) < 1:
-        raise ImbvlmError(f"top, the number of classes per image, must be a whole number from 1 up, got {top!r}.")
+        raise ImbvlmError(
+            f"top, the number of classes per image, must be a whole number from 1 up, got {top!r}. Give one such as 5."
+        )
     return operator.index(top)
 
 

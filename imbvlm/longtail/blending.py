@@ -110,12 +110,14 @@ class BlendPool:
         """
         names = [candidate.name for candidate in candidates]
         if len(set(names)) < len(names):
-            raise ImbvlmError(f"names of candidates must differ, got {', '.join(sorted(names))}.")
+            raise ImbvlmError(
+                f"names of candidates must differ, got {', '.join(sorted(names))}. Rename the repeated ones."
+            )
         if len({tuple(candidate.logits.shape) for candidate in candidates}) > 1:
             raise ImbvlmError("candidates must have logits of the same rows and classes. Score all on the same images.")
         finite = [candidate for candidate in candidates if bool(torch.isfinite(candidate.logits).all())]
         if not finite:
-            raise ImbvlmError("a blend needs a candidate with finite logits, got none.")
+            raise ImbvlmError("a blend needs a candidate with finite logits, got none. Give one.")
         row_weights = balanced_row_weights(targets)
         temperatures = [best_temperature(candidate.logits, targets, row_weights=row_weights) for candidate in finite]
         return BlendPool(finite, targets, temperatures)
@@ -222,7 +224,9 @@ def select_blend(pool: BlendPool, parts: Tensor, *, max_members: int = MAX_MEMBE
     above its standard error. Raises ImbvlmError.
     """
     if max_members < 1 or max_passes < 1:
-        raise ImbvlmError(f"a blend needs 1 member and 1 pass or more, got {max_members} and {max_passes}.")
+        raise ImbvlmError(
+            f"a blend needs 1 member and 1 pass or more, got {max_members} and {max_passes}. Give larger numbers."
+        )
     row_weights = balanced_row_weights(pool.targets)
     limits = range(min(max_passes, len({candidate.pass_name for candidate in pool.candidates})) + 1)
     scores = [held_out_scores(pool, parts, limit, max_members) for limit in limits]

@@ -170,7 +170,7 @@ def out_of_bag_accuracy(
     num_units = int(unit.max(initial=-1)) + 1
     if num_units < 2:
         noun = "rows" if groups is None else "groups"
-        raise ImbvlmError(f"a claim needs 2 validation {noun} or more, got {num_units}.")
+        raise ImbvlmError(f"a claim needs 2 validation {noun} or more, got {num_units}. Give more.")
     rng = np.random.default_rng(seed)
     sums, times = np.zeros(len(labels)), np.zeros(len(labels))
     while num_resamples > 0 or not times.all():
@@ -225,7 +225,7 @@ def paired_difference(
     with `groups` (N,) also holds that of a bootstrap of whole groups. Raises ImbvlmError without rows.
     """
     if not len(labels):
-        raise ImbvlmError("a comparison needs rows, got none.")
+        raise ImbvlmError("a comparison needs rows, got none. Give those that both have scored.")
     gains = _mean_over_seeds(ours) - _mean_over_seeds(theirs)
     totals = np.bincount(labels)
     row_weights = 1 / totals[labels] / (totals > 0).sum()

@@ -43,7 +43,9 @@ def sampled_counts(class_counts: npt.ArrayLike, class_sampling: ClassSampling, e
             f"{class_sampling!r} is no class sampling; {suggest_name(class_sampling, get_args(ClassSampling))}"
         )
     if not 0 <= epoch < num_epochs:
-        raise ImbvlmError(f"epoch must be from 0 to num_epochs - 1, got {epoch} of {num_epochs}.")
+        raise ImbvlmError(
+            f"epoch must be from 0 to num_epochs - 1, got {epoch} of {num_epochs}. Raise num_epochs, or lower epoch."
+        )
     counts = np.asarray(class_counts, dtype=np.float64)
     if class_sampling != "progressively_balanced":
         return _expected(counts, _EXPONENTS[class_sampling])
@@ -84,7 +86,8 @@ def batches(plan: EpochPlan, batch_size: int, rank: int = 0, world_size: int = 1
     """
     if batch_size < 1 or not 0 <= rank < world_size:
         raise ImbvlmError(
-            f"batch_size must be 1 or more and rank from 0 to world_size - 1, got {batch_size}, {rank} of {world_size}."
+            f"batch_size must be 1 or more and rank from 0 to world_size - 1, got {batch_size}, "
+            f"{rank} of {world_size}. Give numbers in these ranges."
         )
     positions = np.arange(len(plan), dtype=np.int64)
     return [positions[start : start + batch_size][rank::world_size] for start in range(0, len(plan), batch_size)]
@@ -98,10 +101,15 @@ def _expected(counts: Expected, exponent: float) -> Expected:
 def _check_labels(labels: npt.ArrayLike, num_classes: int) -> Rows:
     array = np.asarray(labels)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise ImbvlmError(f"labels must be whole numbers, one per row, got {array.dtype} of shape {array.shape}.")
+        raise ImbvlmError(
+            f"labels must be whole numbers, one per row, got {array.dtype} of shape {array.shape}. "
+            "Give a flat array of integers."
+        )
     outside = array[(array < 0) | (array >= num_classes)]
     if outside.size:
-        raise ImbvlmError(f"labels must be from 0 to {num_classes - 1}, got {outside[0]}.")
+        raise ImbvlmError(
+            f"labels must be from 0 to {num_classes - 1}, got {outside[0]}. Raise num_classes, or correct the labels."
+        )
     return array.astype(np.int64)
 
 

@@ -306,9 +306,15 @@ def build_loss(
             raise ImbvlmError(f"loss {name} has no option {option!r}; {suggest_name(option, valid)}")
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.ndim != 1 or not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
-        raise ImbvlmError(f"class_counts must be one finite number from 0 up per class, got {class_counts!r}.")
+        raise ImbvlmError(
+            f"class_counts must be one finite number from 0 up per class, got {class_counts!r}. "
+            "Give the training images of each class."
+        )
     if bool((counts.frac() > 0).any()) and float(counts.sum()) < 1.001:
-        raise ImbvlmError(f"class_counts must be images per class, got shares that sum to {float(counts.sum()):g}.")
+        raise ImbvlmError(
+            f"class_counts must be images per class, got shares that sum to {float(counts.sum()):g}. "
+            "Give the numbers themselves."
+        )
     return ConfiguredLoss(name, counts, workers, options)
 
 

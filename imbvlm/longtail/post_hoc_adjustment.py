@@ -52,7 +52,9 @@ class PostHocAdjustment:
         adjusted = adjust_logits(logits, class_counts, self.tau)
         if self.alpha:
             if zero_shot_logits is None:
-                raise ImbvlmError(f"alpha {self.alpha:g} needs zero-shot logits to mix in, got none.")
+                raise ImbvlmError(
+                    f"alpha {self.alpha:g} needs zero-shot logits to mix in, got none. Give them, or set alpha to 0."
+                )
             adjusted = mix_logits(adjusted, zero_shot_logits, self.alpha)
         return adjusted / self.temperature
 
@@ -220,7 +222,7 @@ def select_alpha(
     if zero_shot_logits.shape != logits.shape:
         raise ImbvlmError(
             f"zero-shot logits must have the rows and classes of the model's, {tuple(logits.shape)}, got "
-            f"{tuple(zero_shot_logits.shape)}."
+            f"{tuple(zero_shot_logits.shape)}. Give those of the same images and classes."
         )
     return _select_by_rows(
         ALPHAS,
@@ -394,6 +396,6 @@ def _calibration(logits: Tensor, targets: Tensor, temperature: float) -> tuple[T
 
 def _check(logits: Tensor, targets: Tensor) -> None:
     if len(targets) == 0:
-        raise ImbvlmError("selection needs validation rows, got none.")
+        raise ImbvlmError("selection needs validation rows, got none. Give some.")
     if logits.ndim != 2 or len(logits) != len(targets):
         raise ImbvlmError(f"logits must be (rows, classes) with {len(targets)} rows, got {tuple(logits.shape)}.")

@@ -41,13 +41,16 @@ class Augmentation:
         if self.crop not in CROPS:
             raise ImbvlmError(f"crop {self.crop!r} is not known; {suggest_name(self.crop, CROPS)}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ImbvlmError(f"crop_scale must be two fractions, 0 < minimum <= maximum <= 1, got {self.crop_scale}.")
+            raise ImbvlmError(
+                f"crop_scale must be two fractions, 0 < minimum <= maximum <= 1, got {self.crop_scale}. "
+                "Give two such as (0.08, 1.0)."
+            )
         if not 0 <= self.jitter < 1:
-            raise ImbvlmError(f"jitter must be from 0 to below 1, got {self.jitter}.")
+            raise ImbvlmError(f"jitter must be from 0 to below 1, got {self.jitter}. 0 turns it off.")
         if self.rand_ops < 0 or not 0 <= self.rand_magnitude <= MAX_MAGNITUDE:
             raise ImbvlmError(
                 f"rand_ops must be 0 or more and rand_magnitude from 0 to {MAX_MAGNITUDE}, got {self.rand_ops} and "
-                f"{self.rand_magnitude}."
+                f"{self.rand_magnitude}. 0 operations turn it off."
             )
 
     @property

@@ -46,13 +46,19 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.interpolation not in _INTERPOLATIONS:
-            raise ImbvlmError(f"interpolation must be bicubic or bilinear, got {self.interpolation!r}.")
+            raise ImbvlmError(
+                f"interpolation must be bicubic or bilinear, got {self.interpolation!r}. "
+                "Take the one that the encoder was trained with."
+            )
         if self.resize_mode not in ("shortest", "squash"):
-            raise ImbvlmError(f"resize_mode must be shortest or squash, got {self.resize_mode!r}.")
+            raise ImbvlmError(
+                f"resize_mode must be shortest or squash, got {self.resize_mode!r}. "
+                "Take the one that the encoder was trained with."
+            )
         if self.resize < 1:
             raise ImbvlmError(f"eval.resize must be at least 1, got {self.resize}. Leave it out for the default.")
         if self.jpeg_downscale is not None and self.jpeg_downscale < 1:
-            raise ImbvlmError(f"jpeg_downscale must be at least 1, got {self.jpeg_downscale}.")
+            raise ImbvlmError(f"jpeg_downscale must be at least 1, got {self.jpeg_downscale}. Leave it out for none.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, in which a tuple becomes a list."""
