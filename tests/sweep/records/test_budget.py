@@ -118,6 +118,12 @@ def home(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("limited")
 
 
+def store_features(home: Path) -> None:
+    """Store the features before a sweep: on a busy machine they alone would use up its budget."""
+    imbvlm("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0", "--image-size", "64",
+           "--set", "eval.resize=1.0", cwd=home)  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(420)
@@ -153,9 +159,7 @@ def test_a_sweep_ends_at_max_trials_goes_on_and_takes_more(home: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(home: Path) -> None:
     """Long trials: what runs when time is up ends at its next epoch, and goes on from there."""
-    # The features are there first: on a busy machine they alone would use up the hours.
-    imbvlm("features", "extract", "embedded:fashion_mnist_lt", "--encoder", "tinylit_lite0", "--image-size", "64",
-           "--set", "eval.resize=1.0", cwd=home)  # fmt: skip
+    store_features(home)
     long = ["--set", "method=linear_probe", "--set", "train.num_epochs=1500", "--set", "trial_scheduler.name=none"]
     hours = 45 / 3600
     printed = run(
@@ -184,6 +188,7 @@ def test_a_sweep_ends_at_max_hours_with_its_trials_paused_and_goes_on_with_them(
 @pytest.mark.timeout(420)
 def test_a_sweep_ends_at_max_cost_without_a_gpu_and_scores_what_it_has(home: Path) -> None:
     """At 36 an hour the machine costs 0.01 a second: 1 of money is 100 seconds, the refits' share kept."""
+    store_features(home)
     endless = ["--set", "method=linear_probe", "--set", "num_trials=500", "--set", "max_pack_size=1"]
     priced = ["--set", "price_per_machine_hour=36", "--set", "max_cost=1"]
     printed = run(QUICKSTART, "--smoke", *endless, "--set", "train.num_epochs=40", *priced, cwd=home)
