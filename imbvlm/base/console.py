@@ -189,12 +189,12 @@ class Console:
         sys.stdout.flush()
         sys.stderr.flush()
         saved, ours = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}, self._stream
-        token = LAST_WORD.set(LastWord(descriptor=saved[2], before="\n" if self._redraws else ""))
         with sink:
             for descriptor in saved:
                 os.dup2(sink.fileno(), descriptor)
         if ours is sys.stdout:
             self._stream = os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding="utf-8")
+        token = LAST_WORD.set(LastWord(descriptor=saved[2], before="\n" if self._redraws else ""))
         try:
             yield
         finally:

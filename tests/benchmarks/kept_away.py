@@ -1,4 +1,4 @@
-"""What a sweep claims of its model, beside the truth on photos that it never sees; on a user's folder of classes.
+"""Compares the claims of a sweep with the truth on photos that it never sees, on a folder of classes.
 
     python tests/benchmarks/kept_away.py FOLDER [--draws 10] [--val 25]
 

@@ -14,8 +14,6 @@ from imbvlm.data.sources.benchmark_registry import BENCHMARKS, Benchmark
 from imbvlm.data.sources.folders_and_lists import from_lists
 from imbvlm.data.sources.inaturalist import from_inaturalist
 
-_UNCHANGED = "use the official lists as they are"
-
 
 def build_dataset(name: str, root: str) -> Manifest:
     """Read a benchmark's official files below `root`.
@@ -29,7 +27,7 @@ def build_dataset(name: str, root: str) -> Manifest:
     manifest: Manifest = benchmark.build(root)
     findings = _size_findings(manifest, benchmark)
     if findings:
-        raise ManifestError(name, findings)
+        raise ManifestError(name, [f"{finding}; use the official lists as they are" for finding in findings])
     absent = [uri for folder in benchmark.folders if not storage.exists(uri := storage.join(root, folder))]
     notes = [f"{uri} is missing. Download {benchmark.download}." for uri in absent]
     return replace(manifest, notes=(*manifest.notes, *notes))
@@ -44,20 +42,17 @@ def benchmark_of(manifest: Manifest) -> str | None:
 def _size_findings(manifest: Manifest, benchmark: Benchmark) -> list[str]:
     sizes = {split: len(manifest.rows_of(split)) for split in benchmark.sizes}
     findings = [
-        f"{split} has {sizes[split]:,} images, and the official list has {size:,}; {_UNCHANGED}"
+        f"{split} has {sizes[split]:,} images, and the official list has {size:,}"
         for split, size in benchmark.sizes.items()
         if sizes[split] != size
     ]
     num_classes, counts = len(manifest.class_names), manifest.class_stats().counts
     if num_classes != benchmark.num_classes:
-        findings.append(
-            f"there are {num_classes:,} classes, and the official list has {benchmark.num_classes:,}; {_UNCHANGED}"
-        )
+        findings.append(f"there are {num_classes:,} classes, and the official list has {benchmark.num_classes:,}")
     (low, high), smallest, largest = benchmark.class_range, int(counts.min()), int(counts.max())
     if (smallest, largest) != (low, high):
         findings.append(
-            f"classes have {smallest:,} to {largest:,} training images, and the official list has {low:,} to {high:,}; "
-            + _UNCHANGED
+            f"classes have {smallest:,} to {largest:,} training images, and the official list has {low:,} to {high:,}"
         )
     return findings
 

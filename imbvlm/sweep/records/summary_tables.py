@@ -142,14 +142,14 @@ def objective_text(spec: SweepSpec) -> str:
 def verdict(log: TrialLog, spec: SweepSpec, selection: Selection | None) -> str:
     """A sentence: whether the delivered model beats the best baseline on validation, by the interval of its gain.
 
-    Where the objective has selected, and in sweeps of version 0.1, it is of the winner and of baselines without
-    adjustment. A trial with several seeds then counts by their mean, as in the selection.
+    Where the selection has no such gain, it is of the winner and of baselines without adjustment. A trial with several
+    seeds then counts by their mean, as in the selection.
     """
     best, baselines = log.winner_first(spec.objective)[0], log.best(spec.objective, "baseline")
     is_blend = log.selected is not None and bool(log.selected.members)
     if best.kind == "baseline" and not is_blend:
         return f"validation selects the baseline {best.name} by log-likelihood; try more trials or another space"
-    if log.constraint_violation(best, spec.objective):
+    if best.kind != "baseline" and log.constraint_violation(best, spec.objective):
         limits = " and ".join(f"{metric} {limit:g}" for metric, limit in spec.constraints.items())
         return f"no trial meets the constraints ({limits}); {best.trial_id} comes nearest: try more trials"
     if selection is not None and selection.gain is not None:

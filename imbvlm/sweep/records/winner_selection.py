@@ -51,6 +51,8 @@ NUM_PARTS = 10
 # Logits (rows x classes x candidates) among which a blend is sought: seconds for each of its picks. Claims repeat the
 # selection on resampled rows, on fewer.
 MAX_ELEMENTS, MAX_CLAIM_ELEMENTS, MIN_CANDIDATES = 2**28, 2**25, 4
+# Logits of all candidates above which a sweep with a test split corrects no gain: minutes for a line beside the test's.
+MAX_GAIN_ELEMENTS = 2**22
 # Half-width of a claim's interval above which no number is shown.
 MAX_HALF_WIDTH = 0.1
 
@@ -65,7 +67,7 @@ class Selection:
     where the winner alone is delivered. `decisions` were for or against blends, and `objection` says why none was
     sought. `is_size_corrected` says that the claims are of models that train on all images. `gain` is the delivered
     predictor's balanced accuracy, corrected for the selection, over that of the best baseline, whose id is `baseline`,
-    as adjusted; None without either.
+    as adjusted; None without either, and where a test split says it and the correction would take minutes.
     """
 
     winner: str
@@ -178,6 +180,8 @@ def select_winner(folder: str, log: TrialLog, spec: SweepSpec, num_test: int = 0
         blend, temperature = _select_blend(pool, blend_pool, parts, spec.blends)
         num_passes, members = blend.num_passes, blend.members if len(blend.members) > 1 else ()
         selection = replace(selection, members=members, decisions=blend.decisions, temperature=temperature)
+    if num_test and len(pool.candidates) * pool.candidates[0].logits.numel() > MAX_GAIN_ELEMENTS:
+        return selection
     correct = _corrected_outcomes(pool, blend_pool, spec, num_passes)
     if correct is None:
         return selection

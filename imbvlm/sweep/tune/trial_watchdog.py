@@ -74,10 +74,8 @@ class TrialTimeout(FIFOScheduler):
         epoch = int((trial.last_result or {}).get("epoch", 0))
         names = trial.config["trial_ids"]
         pack = f"its pack of {len(names)} " if len(names) > 1 else ""
-        limit = f"max_trial_minutes {minutes:g}"
-        reason = (
-            f"{pack}ran longer than {limit}; its last report was of epoch {epoch}. Raise it for trials that are slow"
-        )
+        last = f"its last report was of epoch {epoch}. Raise the limit for trials that are slow"
+        reason = f"{pack}ran longer than max_trial_minutes {minutes:g}; {last}"
         if not pack:
             self.reasons[names[0]] = reason
         # No restart: the trial would hang again.

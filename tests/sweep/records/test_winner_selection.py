@@ -17,6 +17,7 @@ from sweep_folder import sweep_spec
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.longtail.metrics import balanced_standard_error
+from imbvlm.sweep.records import winner_selection
 from imbvlm.sweep.records.adjustment_selection import logits_file, prune_logits, select_adjustments
 from imbvlm.sweep.records.difference import verdict_on_test
 from imbvlm.sweep.records.refit_selection import folds_id, refits
@@ -336,7 +337,9 @@ def test_a_win_is_over_the_best_baseline_as_adjusted(log: TrialLog, spec: SweepS
     assert read_selection(log.folder) == selection
 
 
-def test_of_equally_good_trials_the_best_has_no_gain_over_a_baseline(log: TrialLog, spec: SweepSpec) -> None:
+def test_of_equally_good_trials_the_best_has_no_gain_over_a_baseline(
+    log: TrialLog, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By its own rows the best of twenty seems to be better."""
     values = {f"t{number:05d}": logits(number, 2.0) for number in range(20)}
     add(log, "b00001", 0.5, logits(100, 2.0), "baseline", "linear probe")
@@ -351,6 +354,9 @@ def test_of_equally_good_trials_the_best_has_no_gain_over_a_baseline(log: TrialL
     with_test = select_winner(log.folder, log, spec, num_test=10)
     assert with_test.claims == {}
     assert with_test.gain is not None
+    monkeypatch.setattr(winner_selection, "MAX_GAIN_ELEMENTS", 20_000)
+    assert select_winner(log.folder, log, spec, num_test=10).gain is None
+    assert selected(log, spec).gain is not None
 
 
 def test_a_claim_wider_than_ten_points_is_no_number(log: TrialLog, spec: SweepSpec) -> None:

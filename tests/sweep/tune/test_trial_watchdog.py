@@ -141,7 +141,9 @@ def test_the_process_of_a_late_trial_is_killed_once_and_its_failure_says_why(
     assert trial.max_failures == 0
     timeout.on_trial_error(None, trial)
     timeout.on_trial_error(None, trial)
-    what = "ran longer than max_trial_minutes 2; its last report was of epoch 3. Raise it for trials that are slow"
+    what = (
+        "ran longer than max_trial_minutes 2; its last report was of epoch 3. Raise the limit for trials that are slow"
+    )
     assert trial.failures == [what if len(names) == 1 else f"its pack of 3 {what}"]
     # Any trial of a pack may hang: none of them is at fault before it has run alone.
     assert timeout.reasons == ({"t1": what} if len(names) == 1 else {})
