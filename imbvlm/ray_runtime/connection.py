@@ -71,7 +71,7 @@ def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
             if address is None:
                 _start_here()
             else:
-                _join(address, logging.WARNING, runtime_env=_runtime_env(address))
+                _join(address, logging.WARNING)
             watch.begin()
             # Ray may have swallowed a signal meanwhile.
             interrupts.check()
@@ -233,11 +233,11 @@ def find_cluster() -> Cluster | None:
         ray.shutdown()
 
 
-def _join(address: str, logging_level: int, **settings: Any) -> None:
+def _join(address: str, logging_level: int) -> None:
     """Connect to the cluster at an address that answers; Ray finds its token only if it gets no address itself."""
     try:
         with _own_signals(), _on_loopback() if address.rpartition(":")[0] in LOOPBACK else nullcontext():
-            ray.init(address="auto", log_to_driver=False, logging_level=logging_level, **settings)
+            ray.init(address="auto", log_to_driver=False, logging_level=logging_level)
     except ConnectionError as error:
         fix = "read its logs, or set RAY_ADDRESS=local for a cluster of the sweep's own"
         if "InvalidAuthToken" in str(error.__context__):
@@ -280,14 +280,6 @@ def _answers(address: str) -> bool:
 def _clusters_here() -> list[str]:
     """Addresses of the clusters whose heads run on this machine and answer."""
     return sorted(filter(_answers, local_addresses()))
-
-
-def _runtime_env(address: str) -> dict[str, Any] | None:
-    """With another cluster on this machine, an environment that tells the processes which cluster is theirs.
-
-    Ray Train's cleaner would call the other cluster, and never free the workers of a stopped trial.
-    """
-    return None if len(_clusters_here()) < 2 else {"env_vars": {"RAY_ADDRESS": address}}
 
 
 def _check_address() -> None:

@@ -66,6 +66,10 @@ NAMES: Mapping[str, tuple[str, str]] = {
         "ray.tune.execution.class_cache:DEFAULT_ENV_VARS",
         "Trials do not use the processes that Ray has started in advance.",
     ),
+    "train_variables": (
+        "ray.train.v2._internal.constants:ENV_VARS_TO_PROPAGATE",
+        "With another cluster on a machine Ray Train's cleaners of ended trials stay, and workers are freed later.",
+    ),
     "actor_manager": ("ray.tune.execution.tune_controller:RayActorManager", _MEMORY),
     "task_failed": ("ray.tune.execution.tune_controller:RayActorManager._actor_task_failed", _MEMORY),
 }
@@ -194,6 +198,24 @@ def tune_patches() -> Iterator[None]:
         _replaced("actor_manager", _surviving) if is_patched else nullcontext(),
     ):
         yield
+
+
+@contextmanager
+def address_sent(address: str) -> Iterator[None]:
+    """Within, processes that Ray Train starts get the address of their cluster as RAY_ADDRESS.
+
+    With another cluster on a machine Ray Train's cleaner fails, and never frees the workers of a stopped trial.
+    """
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = address
+    try:
+        with _replaced("train_variables", lambda names: {*names, "RAY_ADDRESS"}):
+            yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _surviving(manager: type) -> type:

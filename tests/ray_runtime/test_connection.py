@@ -22,15 +22,15 @@ import json, os, ray
 from imbvlm.ray_runtime.connection import MALLOC_SETTING, ray_session, owns_machine
 from imbvlm.base.errors import ImbvlmError
 
-def told():
-    return [os.environ.get("RAY_ADDRESS"), os.environ.get(MALLOC_SETTING)]
+def pages():
+    return os.environ.get(MALLOC_SETTING)
 
 try:
     before = owns_machine()
     with ray_session() as cluster:
         assert (before, owns_machine()) == (cluster.is_own,) * 2
-        answer = ray.get(ray.remote(num_cpus=1)(told).remote())
-        print(json.dumps([cluster.is_own, cluster.num_cpus, cluster.dashboard, *answer, told()[1]]))
+        answer = ray.get(ray.remote(num_cpus=1)(pages).remote())
+        print(json.dumps([cluster.is_own, cluster.num_cpus, cluster.dashboard, answer, pages()]))
 except ImbvlmError as error:
     print(json.dumps(str(error)))
 """
@@ -51,7 +51,7 @@ def taken(there: Apart, **settings: str) -> Any:
 @pytest.mark.timeout(300)
 def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path: Path) -> None:
     with apart_with_ray(tmp_path) as there:
-        started_here, _, dashboard, _, *pages = taken(there)
+        started_here, _, dashboard, *pages = taken(there)
         assert started_here
         assert dashboard.startswith("http://127.0.0.1:")
         # Its processes alone have huge pages, unless a user says otherwise.
@@ -77,15 +77,40 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path: 
         assert all(address in refusal for address in addresses)
         assert "Set RAY_ADDRESS" in refusal
         for address, num_cpus in zip(addresses, (3.0, 5.0), strict=True):
-            started_here, found, _, told, *_ = taken(there, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
-            # Its workers are told, too: Ray Train's cleaner would ask the other one and never free a stopped trial's.
-            assert (started_here, found, told) == (False, num_cpus, address)
+            assert taken(there, RAY_ADDRESS=address, RAY_AUTH_MODE="token")[:2] == [False, num_cpus]
         # Ray makes a token when it first starts a cluster of one's own, and heads ask for it from then on.
         assert "set RAY_AUTH_MODE=token" in taken(there, RAY_ADDRESS=addresses[0])
         started_here, *_, pages, _ = taken(there, RAY_ADDRESS="local", GLIBC_TUNABLES="glibc.malloc.perturb=0")
         assert (started_here, pages) == (True, "glibc.malloc.perturb=0")
         assert "Run it on a machine of the cluster" in taken(there, RAY_ADDRESS=f"ray://{addresses[0]}")
         assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_a_cluster_that_starts_beside_a_sweep_keeps_neither_its_cpus_nor_its_cleaners(tmp_path: Path) -> None:
+    """Another user's Ray on the same machine: Ray Train's cleaners asked it for the trials, and failed."""
+    sweep = [sys.executable, str(ROOT / "sweeps" / "quickstart.py"), "--smoke"]
+    short = ["driver=ray_train", "method=linear_probe", "num_trials=1", "train.num_epochs=1", "blend=null"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with apart_with_ray(tmp_path) as there, (tmp_path / "sweep.log").open("wb") as log:
+        words = there.command(*sweep, *(word for text in short for word in ("--set", text)), folder=tmp_path)
+        with subprocess.Popen(words, stdout=log, stderr=log, env=environment) as process:
+            try:
+                while not list(tmp_path.glob("runs/*/trials/*.json")):
+                    assert process.poll() is None, (tmp_path / "sweep.log").read_text()
+                    time.sleep(0.5)
+                ports = [f"--dashboard-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+                start_head(there, tmp_path, free_port(), "--num-cpus=1", *ports)
+                num_cleaners = []
+                while process.poll() is None:
+                    num_cleaners.append(sum("PlacementGroupCleaner" in line for line in there.processes()))
+                    time.sleep(1)
+            finally:
+                process.kill()
+        assert process.returncode == 0, (tmp_path / "sweep.log").read_text()
+        # A trial's own, and at times the one of the trial before.
+        assert max(num_cleaners) <= 2
 
 
 def test_glibc_knows_the_settings_of_huge_pages_and_the_guide_says_them() -> None:

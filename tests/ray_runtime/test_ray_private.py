@@ -240,6 +240,19 @@ def test_tune_runs_without_one_of_them(without: Callable[[str], Any], key: str) 
     assert all(value_of(other) is not value for other, value in zip(others, changed, strict=True))
 
 
+@pytest.mark.parametrize("before", [None, "local"])
+def test_ray_train_sends_the_address_of_the_cluster(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("RAY_ADDRESS", before)
+    with ray_private.address_sent("192.0.2.1:6379"):
+        assert get_env_vars_to_propagate()["RAY_ADDRESS"] == "192.0.2.1:6379"
+    assert os.environ.get("RAY_ADDRESS") == before
+    assert "RAY_ADDRESS" not in get_env_vars_to_propagate()
+
+
 def test_a_process_that_ray_ended_for_its_memory_is_a_lost_one_for_tune() -> None:
     from ray.exceptions import OutOfMemoryError, RayActorError
 

@@ -13,6 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from imbvlm.base.schema import Tree
 from imbvlm.ray_runtime.job_records import record_process
+from imbvlm.ray_runtime.ray_private import address_sent
 from imbvlm.sweep.tune.in_process_trial import PackPayload
 from imbvlm.training.train_worker import train_worker
 
@@ -48,4 +49,5 @@ def ray_train_trial(config: Tree) -> None:
             failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),
         ),
     )
-    trainer.fit()
+    with address_sent(here.gcs_address):
+        trainer.fit()

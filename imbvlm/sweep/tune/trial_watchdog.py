@@ -11,8 +11,10 @@ from ray import tune
 from ray.tune import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.util import remove_placement_group
+from ray.util import placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
+from imbvlm.base import interrupts
 from imbvlm.base.console import Console
 from imbvlm.base.schema import Tree
 from imbvlm.ray_runtime.capacity_notice import LOOK_SECONDS, NoticeThrottle
@@ -21,6 +23,7 @@ from imbvlm.sweep.tune.unpickled import Unpickled
 
 # Workers of an ended trial may still write their files. Ray's own cleaner frees them within seconds.
 FREE_AFTER_SECONDS = 10.0
+_FREE_LOOK_SECONDS = 0.1
 
 
 class TrialTimeout(FIFOScheduler):
@@ -132,8 +135,21 @@ class TrialCleaner(Unpickled, tune.Callback):
             self._clean(trial_id)
             del self._ended_at[trial_id]
 
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Free the last trials' workers, without which the next phase might wait forever."""
+        for trial_id, ended_at in self._ended_at.items():
+            groups = self._records.get(workers_key(trial_id))
+            while any(map(_is_reserved, groups)) and time.monotonic() - ended_at <= FREE_AFTER_SECONDS:
+                interrupts.check()
+                time.sleep(_FREE_LOOK_SECONDS)
+            self._clean(trial_id)
+
     def _clean(self, trial_id: str) -> None:
         for group in self._records.get(workers_key(trial_id)):
             remove_placement_group(group)
         for key in (process_key(trial_id), workers_key(trial_id)):
             self._records.delete(key)
+
+
+def _is_reserved(group: PlacementGroup) -> bool:
+    return placement_group_table(group).get("state", "REMOVED") != "REMOVED"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from typing import Any
 
 import pytest
@@ -170,3 +171,29 @@ def test_what_ended_trials_held_is_freed_at_once_after_an_error_and_later_after_
     cleaner.on_step_end(0, [])
     assert freed == ["group of lost", "group of failed", "group of done"]
     assert list(records.values) == ["workers/next"]
+
+
+def test_what_the_last_trials_held_is_freed_before_the_next_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's cleaner frees one group in 2 s, and is gone for the other one."""
+    now, freed = 1000.0, []
+    reserved_until = {"group of cleaned": 1002.0, "group of kept": math.inf}
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def table(group: str) -> dict[str, str]:
+        return {"state": "CREATED" if now < reserved_until[group] else "REMOVED"}
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module, "placement_group_table", table)
+    monkeypatch.setattr(module, "remove_placement_group", lambda group: freed.append((group, now)))
+    records = Records(**{f"workers_{name}": [f"group of {name}"] for name in ("cleaned", "kept")}, process_probe=["p"])
+    cleaner = TrialCleaner(records)
+    for name in ("probe", "cleaned", "kept"):
+        cleaner.on_trial_complete(0, [], Running(name, "t1"))
+    cleaner.on_experiment_end([])
+    assert [group for group, _ in freed] == ["group of cleaned", "group of kept"]
+    assert [at for _, at in freed] == pytest.approx([1002, 1000 + FREE_AFTER_SECONDS], abs=0.2)
+    assert records.values == {}
