@@ -15,7 +15,6 @@ spec = SweepSpec(
     space="imagenet_lt",
     first_trials=[{**LIFT, "adapter.width": 32, "train.num_epochs": 10}],
     num_trials=96,
-    driver="ray_train",
     gpus_per_worker=1,
     cpus_per_worker=4,
     confirm_trials=3,

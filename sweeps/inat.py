@@ -15,7 +15,6 @@ spec = SweepSpec(
     space="inat",
     first_trials=[{**LIFT, "adapter.width": 256, "train.num_epochs": 20}],
     num_trials=64,
-    driver="ray_train",
     gpus_per_worker=1,
     cpus_per_worker=4,
     confirm_trials=3,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from imbvlm.config.method_registry import own_sections
 from imbvlm.config.trial_config import TrialConfig
+from imbvlm.sweep.plan.feasibility import driver_of
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.spec.baselines import Baseline
 from imbvlm.sweep.spec.search_space import ListedSpace
@@ -238,7 +239,7 @@ class Estimate:
 class Estimator:
     """Estimates a sweep with `concurrent` trials, or packs of them, at once, each as fast as it was alone.
 
-    `configs` are sampled trials, and every trial takes `start` seconds besides its epochs.
+    `configs` are sampled trials, and every trial of the search takes `start` seconds besides its epochs.
     """
 
     sweep: ResolvedSweep
@@ -271,6 +272,10 @@ class Estimator:
         num_again = num_trials + spec.confirm_trials * len(spec.more_seeds)
         again = Interval(packed, alone).times(num_again / self.concurrent)
         return replace(estimate, trials=estimate.trials + again + baselines, over_folds=baselines + trials)
+
+    def _start_of(self, config: TrialConfig) -> float:
+        """Return a baseline's seconds besides its epochs."""
+        return min(self.start, START_SECONDS[driver_of(self.sweep, config)])
 
     def _epoch_seconds(self, config: TrialConfig, sizes: EpochSizes, pack_size: float = 1.0) -> float | None:
         return self.speeds.epoch_seconds(config, sizes, self.sweep.spec.num_workers, pack_size)
@@ -312,7 +317,8 @@ class Estimator:
                 return None
             max_epochs = num_epochs(baseline.config, sizes.train)
             min_epochs = min(max_epochs, baseline.patience or max_epochs)
-            total += Interval(self.start + epoch * min_epochs, self.start + epoch * max_epochs)
+            start = self._start_of(baseline.config)
+            total += Interval(start + epoch * min_epochs, start + epoch * max_epochs)
         return total.times(1 / self.concurrent)
 
     @property
@@ -342,7 +348,8 @@ class Estimator:
             if epoch is None:
                 return None
             max_epochs, num_runs = num_epochs(config, self.rows.refit), 1 if config.train is None else num_seeds
-            total += Interval(self.start + epoch, self.start + epoch * max_epochs).times(num_runs)
+            start = self._start_of(config)
+            total += Interval(start + epoch, start + epoch * max_epochs).times(num_runs)
         return total.times(1 / min(self.concurrent, (1 + num_refits) * num_seeds + 1))
 
     def _gap_seconds(self, members: int) -> Interval:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from imbvlm.sweep.spec.sweep_spec import ResolvedSweep, SweepSpec
 from imbvlm.training.trial_pack import member_bytes, pack_key
 from imbvlm.training.validation_logits import RowLogits, file_bytes
 
+Driver = Literal["in_process", "ray_train"]
 # CPUs of the process that starts a Ray Train trial's workers, which mostly waits.
 DRIVER_CPUS = 0.01
 # Bytes of a GPU's memory for the members of a pack.
@@ -43,6 +45,18 @@ def uses_ray_train(sweep: ResolvedSweep) -> bool:
     if spec.driver != "auto":
         return spec.driver == "ray_train"
     return spec.num_workers > 1 or _reads_images(sweep)
+
+
+def driver_of(sweep: ResolvedSweep, config: TrialConfig | None = None) -> Driver:
+    """Return the driver of the search's trials, or of a trial outside of the search, whose configuration is given.
+
+    A trial takes some 15 s to start under Ray Train. Where a search needs that for some of its trials, `driver: auto`
+    runs baselines and refits of one worker on stored features in process.
+    """
+    spec = sweep.spec
+    if config is not None and spec.driver == "auto" and spec.num_workers == 1 and not config.reads_images:
+        return "in_process"
+    return "ray_train" if uses_ray_train(sweep) else "in_process"
 
 
 def _reads_images(sweep: ResolvedSweep) -> bool:

@@ -19,10 +19,10 @@ from imbvlm.models.encoders.encoder_registry import resolve_encoder
 from imbvlm.sweep.plan.cost_estimate import Interval, SplitSizes
 from imbvlm.sweep.plan.feasibility import (
     at_a_time,
+    driver_of,
     max_test_logit_bytes,
     needed_outputs,
     text_notes,
-    uses_ray_train,
 )
 from imbvlm.sweep.plan.speed_benchmark import TrialSpeed
 from imbvlm.sweep.plan.sweep_plan import Plan, PlannedEncoder
@@ -89,7 +89,9 @@ def _trials(sweep: ResolvedSweep) -> Rows:
             f"one in {scheduler.reduction_factor} goes on)"
         )
         asha = "; ASHA sees the first objective alone"
-    driver = "ray_train" if uses_ray_train(sweep) else "in_process"
+    driver = driver_of(sweep)
+    is_mixed = any(driver_of(sweep, baseline.config) != driver for baseline in baselines(sweep).values())
+    in_process = "; baselines and refits on stored features in process" if is_mixed else ""
     blend = "" if spec.blends is None else f" and up to {spec.blends.max_members} members of a blend"
     refitted = "every configuration" if spec.study else f"winner, baselines{blend}"
     fresh = "; winner and each method's best on fresh crops, too" if spec.fresh_crops else ""
@@ -114,7 +116,7 @@ def _trials(sweep: ResolvedSweep) -> Rows:
         (
             "driver",
             f"{driver}; a trial has {pluralize(spec.num_workers, 'worker')} of "
-            f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}",
+            f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}{in_process}",
         ),
         ("seeds", seeds if spec.confirm_trials else ""),
         ("refit", f"{refitted}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}"),

@@ -54,13 +54,13 @@ from imbvlm.sweep.plan.feasibility import (
     concurrent_trials,
     confirm_folds,
     data_counts,
+    driver_of,
     gap_folds,
     max_logit_bytes,
     needed_outputs,
     num_folds,
     packing,
     trials_at_once,
-    uses_ray_train,
 )
 from imbvlm.sweep.plan.speed_benchmark import EncoderSpeed, SpeedBenchmark, TrialSpeed, measure_speeds
 from imbvlm.sweep.records.budget import cost_of_an_hour
@@ -273,7 +273,7 @@ def _with_times(plan: Plan, measure: Measure, sample: Sequence[TrialConfig], clu
             if isinstance(speed, TrialSpeed)
         }
     )
-    start = START_SECONDS["ray_train" if uses_ray_train(plan.sweep) else "in_process"]
+    start = START_SECONDS[driver_of(plan.sweep)]
     features = _feature_seconds(plan.encoders, benchmark, cluster, 2 if plan.rows.test else 1)
     estimator = Estimator(plan.sweep, sample, fixed, speeds, plan.rows, plan.concurrent, start)
     estimated = estimator.estimate(features, plan.pack_statistics)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
-from imbvlm.sweep.plan.feasibility import packing
+from imbvlm.sweep.plan.feasibility import driver_of, packing
 from imbvlm.sweep.records.earlier_sweeps import WarmStart, WarmTrial, warm_trials
 from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.trial_log import ENDED
@@ -15,7 +16,7 @@ from imbvlm.sweep.run.sweep_run import SweepRun, settings_with_logits
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
-from imbvlm.sweep.tune.jobs import Job
+from imbvlm.sweep.tune.jobs import FixedJobs, Job
 from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
@@ -63,6 +64,8 @@ def search(run: SweepRun, starts: Sequence[WarmStart]) -> None:
 
 def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch, int]:
     """Run what has not ended yet; return the searcher and the number of trials that were lost too early."""
+    if run.context.driver == "ray_train":
+        _run_baselines_in_process(run)
     jobs = [*_baseline_jobs(run), *_unfinished_jobs(run)]
     ended = [record for record in run.log.of("search") if record.state in ENDED]
     run.context.count_spent(is_search=True)
@@ -83,6 +86,15 @@ def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch,
         size,
     )
     return searcher, num_lost
+
+
+def _run_baselines_in_process(run: SweepRun) -> None:
+    """Run baselines for which Ray Train, the search's driver, isn't needed; those that are lost are left to it."""
+    jobs = [job for job in _baseline_jobs(run) if driver_of(run.sweep, job.config) == "in_process"]
+    if jobs:
+        source = FixedJobs(jobs, run.budget, keep_for_refits=True)
+        context = replace(run.context, own_driver="in_process")
+        run_jobs(context, source, lambda job: _search_settings(run, job), None, "search", run.sweep.num_trials)
 
 
 def _baseline_jobs(run: SweepRun) -> list[Job]:

@@ -13,6 +13,7 @@ from imbvlm.config.encoder_info import EncoderInfo, OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.feature_set import FeatureSet
+from imbvlm.sweep.plan.feasibility import driver_of
 from imbvlm.sweep.records.adjustment_selection import AdjustmentSelection, logits_file
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import CHECKPOINTS_FOLDER, ENDED, SPEC_FILE, TrialKind, TrialLog, TrialRecord
@@ -115,8 +116,13 @@ def run_fixed_jobs(
     """Run given jobs, and repeat those that Tune gave up before their restarts were spent, then each alone."""
     for _ in range(1 + run.spec.max_failures):
         waiting = [replace(job, alone=run.was_lost(job.trial_id)) for job in waiting]
-        jobs = FixedJobs(waiting, run.budget, keep_for_refits=kind == "folds")
-        num_lost = run_jobs(run.context, jobs, settings, None, kind, total, pack_size)
+        num_lost = 0
+        drivers = [driver_of(run.sweep, job.config) for job in waiting]
+        # That of the first job begins: a limit may leave the last ones out.
+        for driver in dict.fromkeys(drivers):
+            own = [job for job, its in zip(waiting, drivers, strict=True) if its == driver]
+            jobs = FixedJobs(own, run.budget, keep_for_refits=kind == "folds")
+            num_lost += run_jobs(replace(run.context, own_driver=driver), jobs, settings, None, kind, total, pack_size)
         waiting = run.unfinished(waiting)
         if not num_lost:
             break

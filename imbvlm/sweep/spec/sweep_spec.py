@@ -138,7 +138,9 @@ class SweepSpec(Section):
         None, gt=0, description="price of each machine of the cluster, with or without GPUs"
     )
     driver: Literal["auto", "in_process", "ray_train"] = Field(
-        "auto", description="auto: in process for one worker on stored features, otherwise Ray Train"
+        "auto",
+        description="auto: Ray Train for a search with several workers a trial or with trials that run the encoder; "
+        "otherwise, and for baselines and refits of one worker on stored features, in process",
     )
     num_workers: int = Field(1, ge=1, description="Ray Train workers of one trial")
     cpus_per_worker: float = Field(1.0, gt=0, le=MAX_THREADS, description="CPUs that Ray reserves for each worker")

@@ -12,7 +12,7 @@ import optuna
 from imbvlm.base import storage
 from imbvlm.base.console import Console
 from imbvlm.config.trial_config import TrialConfig
-from imbvlm.sweep.plan.feasibility import uses_ray_train
+from imbvlm.sweep.plan.feasibility import Driver, driver_of
 from imbvlm.sweep.records.adjustment_selection import prune_logits
 from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.refit_selection import confirm_seconds, refit_seconds
@@ -80,7 +80,7 @@ class FixedJobs:
 class RunContext:
     """What all jobs of a sweep share; up to `max_concurrent` of them run at once.
 
-    `confirm_folds` is 1 where the best trials aren't scored again.
+    `confirm_folds` is 1 where the best trials aren't scored again. `own_driver` is given where it isn't the search's.
     """
 
     sweep: ResolvedSweep
@@ -91,20 +91,21 @@ class RunContext:
     budget: Budget
     num_classes: int
     confirm_folds: int = 1
+    own_driver: Driver | None = None
 
     @property
     def spec(self) -> SweepSpec:
         return self.sweep.spec
 
     @property
+    def driver(self) -> Driver:
+        """The driver of the jobs."""
+        return self.own_driver or driver_of(self.sweep)
+
+    @property
     def local_folder(self) -> Path:
         """The local folder for files that grow while the sweep runs, which an object store can't hold."""
         return local_folder(self.folder)
-
-    @property
-    def driver(self) -> str:
-        """The driver of the sweep's trials."""
-        return "ray_train" if uses_ray_train(self.sweep) else "in_process"
 
     def count_spent(self, *, is_search: bool) -> None:
         """Write the used budget, and reserve a part of a limited one for what follows, the refits after all else."""

@@ -23,6 +23,7 @@ from imbvlm.sweep.plan.feasibility import (
     check_data,
     check_model,
     concurrent_trials,
+    driver_of,
     needed_outputs,
     packing,
     trials_at_once,
@@ -59,6 +60,27 @@ def sweep(**fields: Any) -> ResolvedSweep:
 )
 def test_the_driver_that_auto_means(fields: dict[str, Any], ray_train: bool) -> None:
     assert uses_ray_train(sweep(**fields)) == ray_train
+    assert driver_of(sweep(**fields)) == ("ray_train" if ray_train else "in_process")
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "driver"),
+    [
+        ({}, {}, "in_process"),
+        ({}, {"method": "adapter"}, "ray_train"),
+        ({}, {"features": {"store": False}}, "ray_train"),
+        ({"num_workers": 2}, {}, "ray_train"),
+        ({"driver": "ray_train"}, {}, "ray_train"),
+        ({"driver": "in_process"}, {"method": "adapter"}, "in_process"),
+    ],
+)
+def test_a_baseline_of_a_search_in_the_encoder_runs_in_process(
+    fields: dict[str, Any], config: dict[str, Any], driver: str
+) -> None:
+    space = {"parameters": {"method": {"choice": ["linear_probe", "adapter"]}}}
+    of = sweep(space=space, **fields)
+    assert driver_of(of) == ("in_process" if driver == "in_process" and fields else "ray_train")
+    assert driver_of(of, TrialConfig.from_tree({**BASE, "method": "linear_probe", **config})) == driver
 
 
 def test_what_a_configuration_without_a_method_reads_is_needed() -> None:

@@ -263,3 +263,19 @@ def test_ray_train_gives_the_numbers_of_the_process(smoke: tuple[Path, str], hom
         sweeps.append(trials(newest(home))["t00001"])
     values = [[epoch["train/loss"] for epoch in record["epochs"]] for record in sweeps]
     assert values[0] == values[1]
+
+
+@pytest.mark.slow
+def test_what_needs_no_ray_train_runs_in_process_beside_a_search_in_the_encoder(
+    smoke: tuple[Path, str], home: Path
+) -> None:
+    """A start under Ray Train takes 15 s, and a baseline on stored features a second."""
+    settings = ["method=bias_tuning", "num_trials=1", "train.num_epochs=1", "cpus_per_worker=0.9"]
+    printed = run(QUICKSTART, "--smoke", *(f"--set={setting}" for setting in settings), cwd=home)
+    assert "driver ray_train" in printed
+    records = trials(newest(home)).values()
+    drivers = {(record["config"]["method"], record["driver"]) for record in records if record["kind"] != "delivered"}
+    assert ("bias_tuning", "ray_train") in drivers
+    assert {driver for method, driver in drivers if method != "bias_tuning"} == {"in_process"}
+    assert {record["name"] for record in records if record["kind"] == "refit"} > {"winner", "linear probe"}
+    assert all(record["state"] == "finished" for record in records)
