@@ -266,9 +266,7 @@ def test_ray_train_gives_the_numbers_of_the_process(smoke: tuple[Path, str], hom
 
 
 @pytest.mark.slow
-def test_what_needs_no_ray_train_runs_in_process_beside_a_search_in_the_encoder(
-    smoke: tuple[Path, str], home: Path
-) -> None:
+def test_what_needs_no_ray_train_runs_in_process_beside_a_search_in_the_encoder(home: Path) -> None:
     """A start under Ray Train takes 15 s, and a baseline on stored features a second."""
     settings = ["method=bias_tuning", "num_trials=1", "train.num_epochs=1", "cpus_per_worker=0.9"]
     printed = run(QUICKSTART, "--smoke", *(f"--set={setting}" for setting in settings), cwd=home)
