@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import ray
@@ -20,6 +20,7 @@ from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.plugins import active_plugins, call_with
 from imbvlm.ray_runtime.capacity_notice import ended_when
 from imbvlm.ray_runtime.cluster_resources import Cluster, connected_cluster
+from imbvlm.ray_runtime.environment import variables_set
 from imbvlm.ray_runtime.ray_private import (
     OPEN_PORTS_SETTING,
     address_on_network,
@@ -182,17 +183,9 @@ def _own_signals() -> Iterator[None]:
         ours.own()
 
 
-@contextmanager
-def _unless_set(setting: str, value: str) -> Iterator[None]:
+def _unless_set(setting: str, value: str) -> AbstractContextManager[None]:
     """Within, a setting has a value in the environment, unless the user has set it."""
-    if setting in os.environ:
-        yield
-        return
-    os.environ[setting] = value
-    try:
-        yield
-    finally:
-        del os.environ[setting]
+    return nullcontext() if setting in os.environ else variables_set({setting: value})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from imbvlm.base.schema import Tree
+from imbvlm.ray_runtime.environment import variables_set
 
 # The setting that Ray copies into ENABLE_RAY_CLUSTER when it is imported; its processes do so again.
 OPEN_PORTS_SETTING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -206,16 +207,11 @@ def address_sent(address: str) -> Iterator[None]:
 
     With another cluster on a machine Ray Train's cleaner fails, and never frees the workers of a stopped trial.
     """
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = address
-    try:
-        with _replaced("train_variables", lambda names: {*names, "RAY_ADDRESS"}):
-            yield
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
+    with (
+        variables_set({"RAY_ADDRESS": address}),
+        _replaced("train_variables", lambda names: {*names, "RAY_ADDRESS"}),
+    ):
+        yield
 
 
 def _surviving(manager: type) -> type:

@@ -274,7 +274,7 @@ class Estimator:
         return replace(estimate, trials=estimate.trials + again + baselines, over_folds=baselines + trials)
 
     def _start_of(self, config: TrialConfig) -> float:
-        """Return a baseline's seconds besides its epochs."""
+        """Return the seconds that a baseline takes besides its epochs."""
         return min(self.start, START_SECONDS[driver_of(self.sweep, config)])
 
     def _epoch_seconds(self, config: TrialConfig, sizes: EpochSizes, pack_size: float = 1.0) -> float | None:

@@ -39,24 +39,22 @@ DRIVER_CPUS = 0.01
 GPU_BYTES = 4 * 2**30
 
 
-def uses_ray_train(sweep: ResolvedSweep) -> bool:
-    """Return whether trials run under Ray Train; `driver: auto` runs one worker on stored features in process."""
-    spec = sweep.spec
-    if spec.driver != "auto":
-        return spec.driver == "ray_train"
-    return spec.num_workers > 1 or _reads_images(sweep)
-
-
 def driver_of(sweep: ResolvedSweep, config: TrialConfig | None = None) -> Driver:
-    """Return the driver of the search's trials, or of a trial outside of the search, whose configuration is given.
+    """Return the driver of a configuration outside of the search, or, without one, of the search's trials.
 
-    A trial takes some 15 s to start under Ray Train. Where a search needs that for some of its trials, `driver: auto`
-    runs baselines and refits of one worker on stored features in process.
+    `driver: auto` runs one worker on stored features in process: a trial takes some 15 s to start under Ray Train. The
+    trials of a search have one driver, so that some in the encoder put all of them under Ray Train.
     """
     spec = sweep.spec
-    if config is not None and spec.driver == "auto" and spec.num_workers == 1 and not config.reads_images:
-        return "in_process"
-    return "ray_train" if uses_ray_train(sweep) else "in_process"
+    if spec.driver != "auto":
+        return spec.driver
+    reads_images = _reads_images(sweep) if config is None else config.reads_images
+    return "ray_train" if spec.num_workers > 1 or reads_images else "in_process"
+
+
+def uses_ray_train(sweep: ResolvedSweep) -> bool:
+    """Return whether the search's trials run under Ray Train."""
+    return driver_of(sweep) == "ray_train"
 
 
 def _reads_images(sweep: ResolvedSweep) -> bool:

@@ -91,7 +91,7 @@ def _trials(sweep: ResolvedSweep) -> Rows:
         asha = "; ASHA sees the first objective alone"
     driver = driver_of(sweep)
     is_mixed = any(driver_of(sweep, baseline.config) != driver for baseline in baselines(sweep).values())
-    in_process = "; baselines and refits on stored features in process" if is_mixed else ""
+    others_driver = "; baselines and refits on stored features in process" if is_mixed else ""
     blend = "" if spec.blends is None else f" and up to {spec.blends.max_members} members of a blend"
     refitted = "every configuration" if spec.study else f"winner, baselines{blend}"
     fresh = "; winner and each method's best on fresh crops, too" if spec.fresh_crops else ""
@@ -116,7 +116,7 @@ def _trials(sweep: ResolvedSweep) -> Rows:
         (
             "driver",
             f"{driver}; a trial has {pluralize(spec.num_workers, 'worker')} of "
-            f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}{in_process}",
+            f"{pluralize(spec.cpus_per_worker, 'CPU')} and {pluralize(spec.gpus_per_worker, 'GPU')}{others_driver}",
         ),
         ("seeds", seeds if spec.confirm_trials else ""),
         ("refit", f"{refitted}, seeds {', '.join(map(str, spec.refit_seeds))}, then the test split once{fresh}"),

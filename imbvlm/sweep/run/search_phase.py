@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import pluralize
@@ -12,11 +11,11 @@ from imbvlm.sweep.records.earlier_sweeps import WarmStart, WarmTrial, warm_trial
 from imbvlm.sweep.records.summary_tables import failure_causes
 from imbvlm.sweep.records.trial_log import ENDED
 from imbvlm.sweep.records.trial_parquet import write_results_table
-from imbvlm.sweep.run.sweep_run import SweepRun, settings_with_logits
+from imbvlm.sweep.run.sweep_run import SweepRun, run_fixed_jobs, settings_with_logits
 from imbvlm.sweep.spec.baselines import feature_key
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets
-from imbvlm.sweep.tune.jobs import FixedJobs, Job
+from imbvlm.sweep.tune.jobs import Job
 from imbvlm.sweep.tune.study_search import StudySearch
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
@@ -32,6 +31,8 @@ def search(run: SweepRun, starts: Sequence[WarmStart]) -> None:
     run.budget.enter("trials")
     for start in starts:
         run.console.print(start.describe())
+    if run.context.driver == "ray_train":
+        _run_baselines_in_process(run)
     # One more than a trial's restarts: the trials of a lost pack are restarted one by one.
     for _ in range(2 + run.spec.max_failures):
         searcher, num_lost = _search_once(run, warm_trials(starts))
@@ -64,8 +65,6 @@ def search(run: SweepRun, starts: Sequence[WarmStart]) -> None:
 
 def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch, int]:
     """Run what has not ended yet; return the searcher and the number of trials that were lost too early."""
-    if run.context.driver == "ray_train":
-        _run_baselines_in_process(run)
     jobs = [*_baseline_jobs(run), *_unfinished_jobs(run)]
     ended = [record for record in run.log.of("search") if record.state in ENDED]
     run.context.count_spent(is_search=True)
@@ -89,12 +88,10 @@ def _search_once(run: SweepRun, warm: Sequence[WarmTrial]) -> tuple[StudySearch,
 
 
 def _run_baselines_in_process(run: SweepRun) -> None:
-    """Run baselines for which Ray Train, the search's driver, isn't needed; those that are lost are left to it."""
+    """Run the baselines that don't need Ray Train, the search's driver."""
+    run.context.count_spent(is_search=True)
     jobs = [job for job in _baseline_jobs(run) if driver_of(run.sweep, job.config) == "in_process"]
-    if jobs:
-        source = FixedJobs(jobs, run.budget, keep_for_refits=True)
-        context = replace(run.context, own_driver="in_process")
-        run_jobs(context, source, lambda job: _search_settings(run, job), None, "search", run.sweep.num_trials)
+    run_fixed_jobs(run, jobs, lambda job: _search_settings(run, job), "search", run.sweep.num_trials)
 
 
 def _baseline_jobs(run: SweepRun) -> list[Job]:

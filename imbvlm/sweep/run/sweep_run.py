@@ -120,8 +120,8 @@ def run_fixed_jobs(
         drivers = [driver_of(run.sweep, job.config) for job in waiting]
         # That of the first job begins: a limit may leave the last ones out.
         for driver in dict.fromkeys(drivers):
-            own = [job for job, its in zip(waiting, drivers, strict=True) if its == driver]
-            jobs = FixedJobs(own, run.budget, keep_for_refits=kind == "folds")
+            own = [job for job, job_driver in zip(waiting, drivers, strict=True) if job_driver == driver]
+            jobs = FixedJobs(own, run.budget, keep_for_refits=kind in ("search", "folds"))
             num_lost += run_jobs(replace(run.context, own_driver=driver), jobs, settings, None, kind, total, pack_size)
         waiting = run.unfinished(waiting)
         if not num_lost:

@@ -80,7 +80,8 @@ class FixedJobs:
 class RunContext:
     """What all jobs of a sweep share; up to `max_concurrent` of them run at once.
 
-    `confirm_folds` is 1 where the best trials aren't scored again. `own_driver` is given where it isn't the search's.
+    `confirm_folds` is 1 where the best trials aren't scored again. `own_driver` is that of jobs
+    which the search's driver doesn't run.
     """
 
     sweep: ResolvedSweep

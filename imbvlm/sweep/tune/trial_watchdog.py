@@ -19,6 +19,7 @@ from imbvlm.base.console import Console
 from imbvlm.base.schema import Tree
 from imbvlm.ray_runtime.capacity_notice import LOOK_SECONDS, NoticeThrottle
 from imbvlm.ray_runtime.job_records import JobRecords, process_key, workers_key
+from imbvlm.sweep.plan.feasibility import Driver
 from imbvlm.sweep.tune.unpickled import Unpickled
 
 # Workers of an ended trial may still write their files. Ray's own cleaner frees them within seconds.
@@ -113,11 +114,11 @@ class TrialCleaner(Unpickled, tune.Callback):
     """Forgets the processes of ended trials, and frees the placement groups of their workers.
 
     Ray Train has a process for that after Tune has ended a trial. A machine without memory kills that process too, and
-    the trial's CPUs and GPUs would stay reserved.
+    the trial's CPUs and GPUs would stay reserved. Only trials under Ray Train have such groups.
     """
 
-    def __init__(self, records: JobRecords) -> None:
-        self._records = records
+    def __init__(self, records: JobRecords, driver: Driver) -> None:
+        self._records, self._driver = records, driver
         self._ended_at: dict[str, float] = {}
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -137,6 +138,8 @@ class TrialCleaner(Unpickled, tune.Callback):
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Free the last trials' workers, without which the next phase might wait forever."""
+        if self._driver == "in_process":
+            return
         for trial_id, ended_at in self._ended_at.items():
             groups = self._records.get(workers_key(trial_id))
             while any(map(_is_reserved, groups)) and time.monotonic() - ended_at <= FREE_AFTER_SECONDS:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from ray import tune
@@ -15,6 +14,7 @@ from imbvlm.base import interrupts, storage
 from imbvlm.base.schema import Tree
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.ray_runtime.cluster_resources import connected_cluster
+from imbvlm.ray_runtime.environment import variables_set
 from imbvlm.ray_runtime.job_records import JobRecords
 from imbvlm.ray_runtime.ray_private import tune_patches
 from imbvlm.sweep.plan.feasibility import DRIVER_CPUS, shortage
@@ -89,7 +89,7 @@ def run_jobs(
             callbacks=[
                 progress,
                 metrics,
-                TrialCleaner(records),
+                TrialCleaner(records, context.driver),
                 EndAtSignal(),
                 CapacityWatch(lambda: shortage(context.sweep, connected_cluster()), context.console),
             ],
@@ -131,18 +131,9 @@ def end_listener(
     return report_end
 
 
-@contextmanager
-def tune_settings() -> Iterator[None]:
+def tune_settings() -> AbstractContextManager[None]:
     """Within, the environment has Tune's settings; afterwards it is as before."""
-    before = {name: os.environ.get(name) for name in TUNE_SETTINGS}
-    os.environ.update(dict.fromkeys(TUNE_SETTINGS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    return variables_set(dict.fromkeys(TUNE_SETTINGS, "1"))
 
 
 def find_storage_error(error: BaseException | None, folder: str) -> storage.StorageError | None:

@@ -158,7 +158,7 @@ def test_what_ended_trials_held_is_freed_at_once_after_an_error_and_later_after_
     monkeypatch.setattr(module, "remove_placement_group", freed.append)
     groups = {f"workers_{name}": [f"group of {name}"] for name in ("lost", "failed", "done", "next")}
     records = Records(**groups, process_lost=["process"], process_done=["process"])
-    cleaner = TrialCleaner(records)
+    cleaner = TrialCleaner(records, "ray_train")
     cleaner.on_trial_recover(0, [], Running("lost", "t1"))
     cleaner.on_trial_error(0, [], Running("failed", "t2"))
     assert freed == ["group of lost", "group of failed"]
@@ -190,7 +190,7 @@ def test_what_the_last_trials_held_is_freed_before_the_next_phase(monkeypatch: p
     monkeypatch.setattr(module, "placement_group_table", table)
     monkeypatch.setattr(module, "remove_placement_group", lambda group: freed.append((group, now)))
     records = Records(**{f"workers_{name}": [f"group of {name}"] for name in ("cleaned", "kept")}, process_probe=["p"])
-    cleaner = TrialCleaner(records)
+    cleaner = TrialCleaner(records, "ray_train")
     for name in ("probe", "cleaned", "kept"):
         cleaner.on_trial_complete(0, [], Running(name, "t1"))
     cleaner.on_experiment_end([])
