@@ -58,7 +58,6 @@ def live_lines(
 ) -> dict[str, str]:
     """Return the lines of the live view by label, the most important first; empty ones are absent."""
     records = log.of(snapshot.kind)
-    failed = sorted((r for r in records if r.state in ("failed", "error")), key=lambda r: r.ended_at or 0.0)
     speed = sum(map(_images_per_second, _running(_processes(log.records.values()))))
     lines = {
         LABELS[snapshot.kind]: _states(log, records, snapshot),
@@ -66,9 +65,19 @@ def live_lines(
         "speed": f"{speed:,.0f} images a second" if speed else "",
         "left": "" if remaining is None else f"about {duration(remaining)}",
         "used": snapshot.used,
-        "failed": "; ".join(f"{r.trial_id}: {r.stop_reason}" for r in failed[: -NUM_FAILURES - 1 : -1]),
+        # A lost trial may run again.
+        **{
+            WORDS[state]: _causes(record for record in records if record.state == state)
+            for state in ("failed", "error")
+        },
     }
     return {label: text for label, text in lines.items() if text}
+
+
+def _causes(records: Iterable[TrialRecord]) -> str:
+    """Return the causes of the trials that ended last."""
+    latest = sorted(records, key=lambda record: record.ended_at or 0.0)[: -NUM_FAILURES - 1 : -1]
+    return "; ".join(f"{record.trial_id}: {record.stop_reason}" for record in latest)
 
 
 def _states(log: TrialLog, records: list[TrialRecord], snapshot: ProgressSnapshot) -> str:

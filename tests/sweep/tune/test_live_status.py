@@ -40,7 +40,7 @@ def log(tmp_path: Path) -> TrialLog:
 def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_failures(log: TrialLog) -> None:
     snapshot = ProgressSnapshot("search", 30, 1e9 + 100, 100.0, "5 min 0 s of 1 h 0 min")
     lines = live_lines(log, OBJECTIVE, snapshot, 185.0)
-    assert list(lines) == ["trials", "best", "speed", "left", "used", "failed"]
+    assert list(lines) == ["trials", "best", "speed", "left", "used", "failed", "lost"]
     assert lines["trials"] == "22 of 30 done (15 to their end, 5 stopped early, 1 failed, 1 lost), 1 running, 1 paused"
     best = log.best(OBJECTIVE)[0]
     epoch = best.best_epoch(OBJECTIVE)
@@ -52,7 +52,7 @@ def test_the_view_has_states_the_best_with_its_groups_throughput_time_left_and_f
     assert lines["speed"] == "1,234 images a second"
     assert lines["left"] == "about 3 min 5 s"
     assert lines["used"] == "5 min 0 s of 1 h 0 min"
-    assert lines["failed"] == "t00021: the loss wasn't finite; t00022: its worker was lost"
+    assert (lines["failed"], lines["lost"]) == ("t00021: the loss wasn't finite", "t00022: its worker was lost")
     log.of("search")[-2].epochs.clear()
     assert "speed" not in live_lines(log, OBJECTIVE, snapshot)
 
