@@ -4,21 +4,27 @@ Excess regret is the true accuracy of the configuration that a complete grid cho
 of the search's choice, the mean over BUDGETS and seeds. Intervals are of 2,000 resamples of the tables.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 from curves import Array, read_tables
-from replay import BUDGETS, Method, Replay
+from replay import BUDGETS, Method, Portfolio, Replay
 from table import Line, Options, shown
 from tree_sampler import TreeSampler
 
 from imbvlm.sweep.spec.sweep_spec import AshaConfig
 from imbvlm.sweep.tune.study_search import silence_optuna
 
-NUM_SEEDS, NUM_RESAMPLES = 6, 2000
-SHIPPED = Method("TPE and ASHA, as shipped")
-FEW = (SHIPPED, Method("random search and ASHA", {"name": "random"}), Method("TPE", asha=None))
+NUM_SEEDS, NUM_RESAMPLES, NUM_RECIPES = 6, 2000, 4
+SHIPPED = Method("TPE and ASHA, as shipped", is_pinned=True)
+FEW = (
+    SHIPPED,
+    Method("TPE and ASHA, no recipes"),
+    Method("random search and ASHA, no recipes", {"name": "random"}),
+    Method("TPE, no recipes", asha=None),
+)
 TRIES = (
     *FEW,
     Method("quasi-Monte Carlo and ASHA", {"name": "qmc"}),
@@ -31,10 +37,10 @@ TRIES = (
     Method("TPE and ASHA from a twelfth on", asha=AshaConfig(grace_fraction=1 / 12)),
     Method("TPE of whole configurations", sampler=TreeSampler),
     Method("the same, half as wide", sampler=partial(TreeSampler, width=0.1)),
-    Method("portfolio of 4, then as shipped", portfolio=4),
-    Method("portfolio of 8, then as shipped", portfolio=8),
-    Method("64 probes halved, then as shipped", halving=64),
-    Method("256 probes halved, then as shipped", halving=256),
+    Method("portfolio of 4, then TPE and ASHA", portfolio=4),
+    Method("portfolio of 8, then TPE and ASHA", portfolio=8),
+    Method("64 probes halved, then TPE and ASHA", halving=64),
+    Method("256 probes halved, then TPE and ASHA", halving=256),
     Method("portfolio of 4, whole configurations", portfolio=4, sampler=TreeSampler),
     Method("64 probes halved, portfolio of 4", portfolio=4, halving=64),
 )
@@ -45,9 +51,8 @@ def lines(options: Options) -> Iterator[Line]:
     tables = read_tables()
     families = {table.family for table in tables.values()}
     yield shown(f"{len(tables)} tables of {len(families)} families", " ".join(sorted(families)))
-    replays = [
-        Replay(table, [other for other in tables.values() if other.family != table.family]) for table in tables.values()
-    ]
+    portfolio = Portfolio(list(tables.values()))
+    replays = [Replay(table, portfolio) for table in tables.values()]
     of_table = [table.family for table in tables.values()]
     scores: dict[str, Array] = {}
     yield shown("excess regret in points, 95 % interval", f"after {', '.join(map(str, BUDGETS))}")
@@ -60,6 +65,9 @@ def lines(options: Options) -> Iterator[Line]:
                 "    as shipped minus that", interval((scores[SHIPPED.name] - scores[method.name]).mean(axis=1))
             )
     if options.large:
+        for space in sorted({table.space for table in tables.values()}):
+            for number, recipe in enumerate(portfolio.recipes(space, NUM_RECIPES), start=1):
+                yield shown(f"  {space}: recipe {number} of all families", json.dumps(recipe))
         yield from _left_out({name: each.mean(axis=1) for name, each in scores.items()}, of_table)
 
 

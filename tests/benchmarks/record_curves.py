@@ -1,10 +1,10 @@
 """Records the tables of the section `quality`.
 
-    PYTHONPATH=tests/helpers:. python tests/benchmarks/record_curves.py [--fashion FOLDER] [TABLE ...]
+    PYTHONPATH=tests/helpers:. python tests/benchmarks/record_curves.py [--fashion FOLDER] [--icons FOLDER] [TABLE ...]
 
-FOLDER is that of Debian's package dataset-fashion-mnist, unpacked (`dpkg-deb -x`); `/` where it is installed. The
-package's encoder embeds its images at 64 px; those of the shipped test split are left out by their content. The other
-tables are of made features. One core records all in less than half an hour.
+Fashion-MNIST is that of Debian's package dataset-fashion-mnist, unpacked (`dpkg-deb -x`); `/` where it is installed.
+Images of the shipped test split are left out by their content. Icons are drawn by `tests/tools/draw_icons.py`. The
+package's encoder embeds both at 64 px. The other tables are of made features. One core records all in about an hour.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import io
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import made
@@ -21,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from curves import FOLDER, FRACTIONS, METHODS, Table, balanced_accuracy, make_spec
+from made_stores import append, made_contents
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_images import extraction_in_this_process
 
-from imbvlm.config.encoder_info import OutputName
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.data.manifest import Manifest
 from imbvlm.features.extraction import ensure_features
@@ -44,11 +45,16 @@ NUM_POOL, NUM_TRUE, PACK_SIZE = 1500, 5000, 64
 NUM_CONFIGS: Mapping[str, int] = {"linear_probe": 480, "decoder": 32}
 MADE_WIDTH, NUM_TOKENS = 64, 5
 Array = np.ndarray
+# The images of a class, each read or encoded when it is drawn.
+Images = Sequence[Callable[[], bytes]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A table to record: training images of the largest and of the smallest class, and how hard made features are."""
+    """A table to record: training images of the largest and of the smallest class, and how made features are.
+
+    Made features have `noise` around `modes` centers a class, and `offset` times a vector that all of them share.
+    """
 
     family: str
     space: str
@@ -56,6 +62,8 @@ class Plan:
     most: int
     least: int
     noise: float = 0.0
+    modes: int = 1
+    offset: float = 0.0
 
     def counts(self, seed: int) -> Array:
         """Training images of each class (C,)."""
@@ -76,6 +84,15 @@ PLANS = {
     "made1000-0": Plan("made1000", "imagenet_lt", 300, 15, 1, 0.8),
     "made1000-1": Plan("made1000", "imagenet_lt", 600, 6, 1, 0.7),
     "made1000-2": Plan("made1000", "imagenet_lt", 1000, 4, 1, 0.6),
+    "modes10-0": Plan("modes10", "quickstart", 10, 400, 4, 1.0, 4, 2.0),
+    "modes10-1": Plan("modes10", "quickstart", 20, 200, 5, 1.0, 3, 4.0),
+    "modes10-2": Plan("modes10", "quickstart", 30, 150, 10, 0.8, 6, 1.0),
+    "modes100-0": Plan("modes100", "imagenet_lt", 50, 80, 4, 0.9, 3, 2.0),
+    "modes100-1": Plan("modes100", "imagenet_lt", 120, 50, 2, 0.8, 2, 4.0),
+    "modes100-2": Plan("modes100", "imagenet_lt", 250, 20, 2, 0.6, 2, 1.0),
+    "icons-0": Plan("icons", "imagenet_lt", 60, 60, 2),
+    "icons-1": Plan("icons", "imagenet_lt", 100, 60, 1),
+    "icons-2": Plan("icons", "imagenet_lt", 140, 60, 4),
 }  # fmt: skip
 
 
@@ -94,8 +111,8 @@ def split_labels(plan: Plan, seed: int) -> dict[str, Array]:
     return {"train": train, "val": even_labels(plan.num_classes, plan.num_classes), "test": test}
 
 
-def fashion_features(plan: Plan, seed: int, source: Path, folder: Path) -> FeatureSet:
-    """Outputs of the package's encoder for Fashion-MNIST's images, each used once, none of the shipped test split."""
+def fashion_images(source: Path) -> list[Images]:
+    """Fashion-MNIST's images by class, none of the shipped test split."""
     folder_of = source / FASHION_FOLDER
     images, classes = (
         np.concatenate([read_idx(folder_of / f"{part}-{kind}-ubyte.gz") for part in ("train", "t10k")])
@@ -105,17 +122,32 @@ def fashion_features(plan: Plan, seed: int, source: Path, folder: Path) -> Featu
     contents = shipped.table.column("bytes").take(pa.array(shipped.rows_of("test"))).to_pylist()
     excluded = {np.asarray(Image.open(io.BytesIO(content))).tobytes() for content in contents}
     usable = np.array([image.tobytes() not in excluded for image in images])
+    return [
+        [partial(encode_png, images[row]) for row in np.flatnonzero(usable & (classes == label))] for label in range(10)
+    ]
+
+
+def icon_images(source: Path, num_classes: int) -> list[Images]:
+    """Icons by class, those of the most images."""
+    classes = sorted(source.iterdir(), key=lambda folder: (-len(list(folder.iterdir())), folder.name))
+    return [[path.read_bytes for path in sorted(folder.iterdir())] for folder in classes[:num_classes]]
+
+
+def image_features(plan: Plan, seed: int, images: Sequence[Images], folder: Path) -> FeatureSet:
+    """Outputs of the package's encoder for images, each used once."""
     rng = np.random.default_rng(seed)
-    left = {label: list(rng.permutation(np.flatnonzero(usable & (classes == label)))) for label in range(10)}
+    left = [list(rng.permutation(np.array(of_class, dtype=object))) for of_class in images]
     rows = [
-        (left[label].pop(), int(label), split) for split, labels in split_labels(plan, seed).items() for label in labels
+        (left[label].pop()(), int(label), split)
+        for split, labels in split_labels(plan, seed).items()
+        for label in labels
     ]
     columns = {
-        "bytes": [encode_png(images[row]) for row, _, _ in rows],
+        "bytes": [content for content, _, _ in rows],
         "label": np.array([label for _, label, _ in rows], dtype=np.int32),
         "split": [split for _, _, split in rows],
     }
-    manifest = Manifest.build(pa.table(columns), [f"class {label}" for label in range(10)], "fashion")
+    manifest = Manifest.build(pa.table(columns), [f"class {label}" for label in range(plan.num_classes)], plan.family)
     manifest.write(str(folder / "manifest.parquet"))
     config = to_table(made.trial("decoder"), str(folder / "manifest.parquet"), plan)
     with extraction_in_this_process():
@@ -130,22 +162,32 @@ def fashion_features(plan: Plan, seed: int, source: Path, folder: Path) -> Featu
 
 
 def made_features(plan: Plan, seed: int, folder: Path) -> FeatureSet:
-    """Class centres in groups of ten; leading axes are wider; one of four patches tells more than the pooled output."""
+    """Class centers in groups of ten; leading axes are wider; one of four patches tells more than the pooled output."""
     rng, info = np.random.default_rng(seed), made.info(MADE_WIDTH, NUM_TOKENS)
     spectrum = (1 + np.arange(MADE_WIDTH)) ** -0.4
     groups = rng.normal(size=(plan.num_classes // 10 + 1, MADE_WIDTH))
-    centres = 0.7 * groups[np.arange(plan.num_classes) // 10] + 0.7 * rng.normal(size=(plan.num_classes, MADE_WIDTH))
+    own = rng.normal(size=(plan.modes, plan.num_classes, MADE_WIDTH))
+    centers = 0.7 * groups[np.arange(plan.num_classes) // 10] + 0.7 * own
     spread = np.exp(0.25 * rng.normal(size=plan.num_classes))
+    shared = plan.offset * rng.normal(size=MADE_WIDTH) if plan.offset else 0.0
     labels = split_labels(plan, seed)
-    stores: dict[str, str] = {}
+    layout = StoreLayout("made", "float16", info.shapes)
+    store, splits = FeatureStore.create(str(folder / layout.digest), layout), {}
     for split, of_split in labels.items():
         size = (len(of_split), NUM_TOKENS, MADE_WIDTH)
         noise = plan.noise * spread[of_split, None, None] * rng.normal(size=size)
         shares = np.zeros(size[:2])
         shares[:, 0] = 1.0
         shares[np.arange(len(of_split)), rng.integers(1, NUM_TOKENS, len(of_split))] = 1.3
-        tokens = ((shares[..., None] * centres[of_split][:, None] + 1.5 * noise) * spectrum).astype(np.float32)
-        stores[split] = write_store(folder / split, {"tokens": tokens, "pooled": tokens[:, 0]}, info.shapes)
+        mode = rng.integers(plan.modes, size=len(of_split)) if plan.modes > 1 else np.zeros(len(of_split), dtype=int)
+        values = shares[..., None] * centers[mode, of_split][:, None] + 1.5 * noise + shared
+        tokens = (values * spectrum).astype(np.float32)[:, None]
+        contents = made_contents(split, len(of_split))
+        append(store, "tokens", contents, tokens)
+        append(store, "pooled", contents, tokens[:, :, 0])
+        splits[split] = store.write_split(contents, 1, ("tokens", "pooled"))
+    norm = {"final_norm.weight": made.ones(MADE_WIDTH), "final_norm.bias": 0 * made.ones(MADE_WIDTH)}
+    save_file(norm, f"{store.folder}/{TOWER_FILE}")
     columns = {
         "bytes": [str(row).encode() for row in range(sum(map(len, labels.values())))],
         "label": np.concatenate(list(labels.values())).astype(np.int32),
@@ -153,26 +195,13 @@ def made_features(plan: Plan, seed: int, folder: Path) -> FeatureSet:
     }
     manifest = str(folder / "manifest.parquet")
     Manifest.build(pa.table(columns), [f"class {label}" for label in range(plan.num_classes)], "made").write(manifest)
-    return FeatureSet(manifest, stores, ("tokens", "pooled"), info)
-
-
-def write_store(folder: Path, outputs: Mapping[OutputName, Array], shapes: Mapping[OutputName, tuple[int, ...]]) -> str:
-    """A store of one shard with the outputs (N, ...) of a split; its folder."""
-    folder.mkdir(parents=True)
-    num_rows = len(outputs["pooled"])
-    store = FeatureStore.create(str(folder), StoreLayout(folder.name, num_rows, 1, num_rows, "float16", shapes))
-    for output, values in outputs.items():
-        store.write(output, 0, values[:, None], [None] * num_rows)
-    save_file(
-        {"final_norm.weight": made.ones(MADE_WIDTH), "final_norm.bias": 0 * made.ones(MADE_WIDTH)}, folder / TOWER_FILE
-    )
-    return str(folder)
+    return FeatureSet(manifest, store.folder, splits, ("tokens", "pooled"), info)
 
 
 def to_table(config: TrialConfig, manifest: str, plan: Plan) -> TrialConfig:
     """A configuration with the table's manifest and encoder."""
     keys: dict[str, object] = {"data.manifest": manifest}
-    if plan.family == "fashion":
+    if not plan.noise:
         keys |= {"encoder.name": "tinylit_lite0", "encoder.image_size": 64}
     return config.with_overrides(keys)
 
@@ -180,9 +209,9 @@ def to_table(config: TrialConfig, manifest: str, plan: Plan) -> TrialConfig:
 # ------------------------------------------------------------------------------------------------ curves
 
 
-def design(space: str, numbers: Mapping[str, int]) -> list[Params]:
-    """Random configurations of a space, so many of each method; the same ones for all of its tables."""
-    spec, rng = make_spec(space, {"name": "random"}), random.Random(space)
+def design(name: str, space: str, numbers: Mapping[str, int]) -> list[Params]:
+    """Random configurations of a space, so many of each method; other ones for each table's name."""
+    spec, rng = make_spec(space, {"name": "random"}), random.Random(name)
     parameters = spec.read_space()
     return [
         parameters.sample(RandomTrial(rng, {"method": method}), spec.base)
@@ -255,6 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(PLANS))
     parser.add_argument("--fashion", type=Path, default=Path("/"), metavar="FOLDER", help="the unpacked Debian package")
+    parser.add_argument("--icons", type=Path, metavar="FOLDER", help="the drawn icons, a folder for each class")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--share", type=float, default=1.0, help="of the configurations, for a trial of this script")
     arguments = parser.parse_args()
@@ -265,12 +295,16 @@ def main() -> None:
             continue
         begin = time.process_time()
         with tempfile.TemporaryDirectory(prefix="imbvlm-record-") as folder:
-            if plan.family == "fashion":
-                features = fashion_features(plan, seed, arguments.fashion, Path(folder))
-            else:
+            if plan.noise:
                 features = made_features(plan, seed, Path(folder))
+            elif plan.family == "icons":
+                if arguments.icons is None:
+                    parser.error(f"{name} needs --icons")
+                features = image_features(plan, seed, icon_images(arguments.icons, plan.num_classes), Path(folder))
+            else:
+                features = image_features(plan, seed, fashion_images(arguments.fashion), Path(folder))
             extracted = time.process_time() - begin
-            table = record(plan, features, design(plan.space, numbers))
+            table = record(plan, features, design(name, plan.space, numbers))
         path = arguments.output / f"{name}.npz.xz"
         table.write(path)
         probes = np.array([each["method"] == "linear_probe" for each in table.params])

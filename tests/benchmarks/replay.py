@@ -8,13 +8,15 @@ each trial.
 
 import heapq
 import random
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import eq
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curves import Array, Table, make_spec
+from curves import FIXED_KEYS, METHODS, Array, Table, make_spec
 from optuna.samplers import BaseSampler
 
 from imbvlm.base.schema import Tree
@@ -107,14 +109,15 @@ def _point(active: Sequence[Parameter], params: Params) -> list[float]:
 class Method:
     """A way to search: a searcher's options, and ASHA's (None: no trial is stopped).
 
-    `sampler` is one that isn't among the package's, of the space, the base and a seed. `portfolio` recipes come first,
-    learned from other families' tables of the space. Before them `halving` random probes train as one pack, of which a
-    third goes on from each point to the next.
+    `sampler` is one that isn't among the package's, of the space, the base and a seed. First come the recipes of the
+    shipped sweep where it `is_pinned`, and `portfolio` recipes, learned from other families' tables of the space.
+    Before them `halving` random probes train as one pack, of which a third continues from each point to the next.
     """
 
     name: str
     searcher: Mapping[str, object] = field(default_factory=lambda: {"name": "tpe"})
     asha: AshaConfig | None = field(default_factory=AshaConfig)
+    is_pinned: bool = False
     portfolio: int = 0
     halving: int = 0
     sampler: Callable[[SearchSpace, Tree, int], BaseSampler] | None = None
@@ -122,10 +125,10 @@ class Method:
 
 
 class Replay:
-    """A table as searches see it, and the tables from which a portfolio may be learned."""
+    """A table as searches see it, and what portfolios for it are learned from."""
 
-    def __init__(self, table: Table, others: Sequence[Table] = ()) -> None:
-        self.table, self._others = table, [each for each in others if each.params == table.params]
+    def __init__(self, table: Table, portfolio: "Portfolio | None" = None) -> None:
+        self.table, self._portfolio = table, portfolio
         self.base = make_spec(table.space, {"name": "random"})
         space = self.base.read_space()
         self.space = RecordedSpace(space.parameters, space.tree, Nearest(space, self.base.base, table.params), set())
@@ -160,7 +163,7 @@ class Replay:
         """When each trial that wasn't stopped ended, and its row."""
         seen, table = self.seen(seed), self.table
         spec = make_spec(
-            table.space, {**method.searcher, "seed": seed}, self.portfolio(method.portfolio), num_trials=10_000,
+            table.space, {**method.searcher, "seed": seed}, self.first_trials(method), num_trials=10_000,
             stratify=list(method.stratify),
         )  # fmt: skip
         space = replace(self.space, started=set())
@@ -201,20 +204,13 @@ class Replay:
             start(now)
         return finished
 
-    def portfolio(self, size: int) -> list[Params]:
-        """Recipes that together come nearest to each other table's best, chosen in turn until none gains."""
-        if not size or not self._others:
-            return []
-        truth = np.array([table.truth[:, -1] for table in self._others])
-        # A point of a hard table counts as one of an easy one.
-        best, rows = np.full(len(truth), -np.inf), []
-        for _ in range(size):
-            row = int(np.argmax(np.maximum(truth, best[:, None]).sum(axis=0)))
-            if row in rows:
-                break
-            rows.append(row)
-            best = truth[:, rows].max(axis=1)
-        return [self.table.params[row] for row in rows]
+    def first_trials(self, method: Method) -> list[Params]:
+        """The recipes that come first."""
+        pinned = shipped_recipes(self.table.space) if method.is_pinned else []
+        if not method.portfolio or self._portfolio is None:
+            return pinned
+        learned = self._portfolio.recipes(self.table.space, method.portfolio, without=self.table.family)
+        return [*pinned, *(recipe for recipe in learned if recipe not in pinned)]
 
     def halve(self, number: int, seed: int) -> tuple[float, list[tuple[float, int]]]:
         """When so many random probes are through, and those that were trained to their end."""
@@ -233,3 +229,56 @@ def open_search(spec: SweepSpec, space: SearchSpace) -> StudySearch:
     """The sweep's own search, over another space than its specification's."""
     sweep = ResolvedSweep(spec, space, spec.num_trials or 1)
     return StudySearch.open(sweep, [], [], Budget.open(spec, "nowhere", 0.0))
+
+
+class Portfolio:
+    """Recipes learned from tables: of each space the configurations of all its tables, and what each gives on each."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self._tables, self._truth = tables, dict[str, Array]()
+        for space in sorted({table.space for table in tables}):
+            of_space = self._of_space(space)
+            spec = make_spec(space, {"name": "random"})
+            candidates = [params for table in of_space for params in table.params]
+            self._truth[space] = np.array(
+                [
+                    table.truth[[nearest.index(params) for params in candidates], -1]
+                    for table in of_space
+                    for nearest in [Nearest(spec.read_space(), spec.base, table.params)]
+                ]
+            )
+
+    def _of_space(self, space: str) -> list[Table]:
+        return [table for table in self._tables if table.space == space]
+
+    def recipes(self, space: str, size: int, without: str = "") -> list[Params]:
+        """Recipes that together come nearest to the best on each table, chosen in turn until none gains.
+
+        Tables of the family `without` neither give recipes nor judge them.
+        """
+        of_space = self._of_space(space)
+        is_learned_from = np.array([table.family != without for table in of_space])
+        candidates = [params for table in of_space for params in table.params]
+        is_candidate = np.repeat(is_learned_from, [len(table.params) for table in of_space])
+        # A point of a hard table counts as one of an easy one.
+        truth = np.where(is_candidate, self._truth[space], -np.inf)[is_learned_from]
+        best, chosen = np.full(len(truth), -np.inf), list[int]()
+        for _ in range(size if is_learned_from.any() else 0):
+            sums = np.maximum(truth, best[:, None]).sum(axis=0)
+            index = int(np.argmax(sums))
+            if not sums[index] > best.sum():
+                break
+            chosen.append(index)
+            best = truth[:, chosen].max(axis=1)
+        return [candidates[index] for index in chosen]
+
+
+def shipped_recipes(space: str) -> list[Params]:
+    """The first trials of the shipped sweep of a space, without the keys that the tables' features fix."""
+    module = runpy.run_path(str(Path(__file__).parents[2] / "sweeps" / f"{space}.py"))
+    recipes = list[Params]()
+    for trial in module["spec"].first_trials:
+        recipe = {key: value for key, value in trial.items() if key not in FIXED_KEYS[space]}
+        if recipe["method"] in METHODS and recipe not in recipes:
+            recipes.append(recipe)
+    return recipes
