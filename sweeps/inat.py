@@ -2,6 +2,7 @@
 
 from imbvlm import run_script
 from imbvlm.sweep.spec import SweepSpec
+from imbvlm.sweep.spec.learned_recipes import PROBES
 from imbvlm.sweep.spec.published_recipes import LIFT
 
 spec = SweepSpec(
@@ -13,7 +14,14 @@ spec = SweepSpec(
         "train": {"batch_size": 128},
     },
     space="inat",
-    first_trials=[{**LIFT, "adapter.width": 256, "train.num_epochs": 20}],
+    # Probes take seconds on stored features, LIFT's recipe trains in the encoder. Both start from texts.
+    first_trials=[
+        *(
+            {"encoder.name": "openai_vit_b16", "classifier.init": "text", **probe, "train.num_epochs": 20}
+            for probe in PROBES
+        ),
+        {**LIFT, "adapter.width": 256, "train.num_epochs": 20},
+    ],
     num_trials=64,
     gpus_per_worker=1,
     cpus_per_worker=4,

@@ -1,4 +1,4 @@
-"""The yardstick of searches: what a table holds, what a search sees of it, and what a replay counts."""
+"""The yardstick of searches: what a table holds, what a search sees of it, what a replay counts, and its recipes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import pytest
 # The benchmarks name each other's files as their command does.
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import curves
+import record_curves
 import replay
 from curves import NUM_SEEN, Table, balanced_accuracy, make_spec, read_tables, recorded_space
 from tree_sampler import TreeSampler
 
+from imbvlm.sweep.spec.learned_recipes import PROBES
 from imbvlm.sweep.spec.search_space import Params
 from imbvlm.sweep.tune.study_search import silence_optuna
 
@@ -105,6 +107,44 @@ def test_whole_configurations_are_sampled_within_the_space_and_keep_what_is_give
     assert abs(methods.count("decoder") - methods.count("linear_probe")) <= len(rows) / 2
 
 
+def test_a_portfolio_holds_what_is_best_on_other_families_alone() -> None:
+    """Each family is best where another one isn't; one configuration is second on all of them."""
+    of_space = [replace(table(), family=family) for family in ("a", "b", "c")]
+    for place, each in enumerate(of_space):
+        each.truth[:] = 0.1
+        each.truth[place], each.truth[7] = 0.9, 0.8
+    portfolio = replay.Portfolio(of_space)
+    params = of_space[0].params
+    assert portfolio.recipes("quickstart", 1) == [params[7]]
+    first, second, *more = portfolio.recipes("quickstart", 8, without="c")
+    assert first == params[7]
+    assert more == [params[1]]
+    assert second == params[0]
+    assert portfolio.recipes("quickstart", 8, without="a") == [params[7], params[1], params[2]]
+
+
+def test_recipes_come_first_and_the_shipped_ones_are_within_the_tables_space() -> None:
+    silence_optuna()
+    shown = replay.Replay(table(), replay.Portfolio([replace(table(), family="other")]))
+    method = replay.Method("", is_pinned=True, portfolio=1)
+    recipes = shown.first_trials(method)
+    assert len(recipes) == len(replay.shipped_recipes("quickstart")) + 1
+    rows = [row for _, row in sorted(shown.search(replace(method, asha=None), 0, 1.0))]
+    assert {shown.space.nearest.index(recipe) for recipe in recipes} <= set(rows[: len(recipes) + 2])
+
+
+def test_a_table_is_recorded_from_made_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_curves, "NUM_POOL", 60)
+    monkeypatch.setattr(record_curves, "NUM_TRUE", 90)
+    plan = record_curves.Plan("made", "quickstart", 3, 20, 4, 1.0, modes=2, offset=1.0)
+    params = record_curves.design("any", plan.space, {"linear_probe": 2, "decoder": 1})
+    recorded = record_curves.record(plan, record_curves.made_features(plan, 0, tmp_path), params)
+    assert recorded.right.shape == (3, 5, 60)
+    # Three classes can't be told worse than by chance for long.
+    assert (recorded.truth[:, -1] > 1 / 3).all()
+    assert record_curves.design("other", plan.space, {"linear_probe": 2, "decoder": 1}) != params
+
+
 def test_asha_ends_trials_early() -> None:
     silence_optuna()
     shown = replay.Replay(table())
@@ -115,7 +155,7 @@ def test_asha_ends_trials_early() -> None:
 
 def test_what_is_recorded_is_what_the_yardstick_promises() -> None:
     tables = read_tables()
-    assert {each.family for each in tables.values()} >= {"fashion", "made10", "made100", "made1000"}
+    assert {each.family for each in tables.values()} == {plan.family for plan in record_curves.PLANS.values()}
     for name, each in tables.items():
         assert len(each.params) >= 500, name
         spec = make_spec(each.space, {"name": "random"})
@@ -123,6 +163,18 @@ def test_what_is_recorded_is_what_the_yardstick_promises() -> None:
         # Many members of a family are told apart by more than the noise of what is seen.
         assert np.corrcoef(each.draw_seen(0)[:, -1], each.truth[:, -1])[0, 1] > 0.7, name
     assert sum(path.stat().st_size for path in curves.FOLDER.iterdir()) < 5_000_000
+
+
+def test_a_shipped_recipe_is_near_the_best_on_data_of_many_classes() -> None:
+    """On each table of the large spaces one of the probes that a sweep tries first is among the best."""
+    recipes = replay.shipped_recipes("imagenet_lt")
+    assert len(recipes) == len(PROBES)
+    for name, each in read_tables().items():
+        if each.space == "imagenet_lt":
+            nearest = replay.Replay(each).space.nearest
+            last = each.truth[:, -1]
+            best = max(last[nearest.index(recipe)] for recipe in recipes)
+            assert (last > best).mean() < 0.03, name
 
 
 def test_the_tables_space_is_the_shipped_one_without_what_the_features_fix() -> None:
