@@ -30,6 +30,7 @@ MORE = (
     "attention",
     "choice",
     "quality",
+    "beside",
     "demonstration",
     "precision",
     "views",

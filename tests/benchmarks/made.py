@@ -54,12 +54,17 @@ def long_tail(num_rows: int, num_classes: int, imbalance: float = 50.0) -> np.nd
 def stored_features(
     folder: Path, num_rows: int, *, num_classes: int = 100, width: int = 768, num_tokens: int = 50,
     outputs: tuple[str, ...] = ("pooled",), num_val: int = 256, noise: float = 1.0, scale: float = 1.0,
-    int8_tokens: bool = False,
+    int8_tokens: bool = False, num_true: int = 0,
 ) -> FeatureSet:  # fmt: skip
-    """Features around a centre of each class, in half precision; `tokens` are that and noise at every place."""
+    """Features around a center of each class, in half precision; `tokens` are that and noise at every place.
+
+    `num_true` rows of the test split tell the truth.
+    """
     generator, about = np.random.default_rng(0), info(width, num_tokens)
     centres = generator.normal(size=(num_classes, width)).astype(np.float32)
     labels = {"train": long_tail(num_rows, num_classes), "val": np.arange(num_val) % num_classes}
+    if num_true:
+        labels["test"] = np.arange(num_true) % num_classes
     folder.mkdir(parents=True, exist_ok=True)
     layout = StoreLayout("made", "float16", about.shapes, int8_tokens)
     store, splits = FeatureStore.create(str(folder / layout.digest), layout), {}

@@ -1,6 +1,5 @@
 """Draw icons as images of a folder per class, for the tables of `tests/benchmarks/record_curves.py`.
 
-    pip install resvg-py
     npm pack @iconify/json@2.2.535 && tar xzf iconify-json-*.tgz
     python -m tests.tools.draw_icons package/json FOLDER
 
@@ -15,6 +14,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import resvg_py
 
 SIDE, MIN_IMAGES = 64, 100
 _SUFFIX = re.compile(
@@ -42,8 +43,6 @@ def drawings(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    import resvg_py  # type: ignore[import-not-found]
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, help="the folder of the sets")
     parser.add_argument("folder", type=Path, help="a new folder for the images")

@@ -1,0 +1,133 @@
+"""Time to quality beside what a user would write: a sweep's search, three scripts, the same features and space.
+
+Each side is a process of its own, timed from its command. Its choice at a time is the finished trial of the highest
+validation accuracy so far. The best is the highest true accuracy that any trial of any side has; a side is through when
+its choice is within WITHIN points of it and stays so.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import made
+import numpy as np
+import torch
+from beside_sweep import make_spec
+from curves import balanced_accuracy
+from table import Line, Options, shown, times
+
+from imbvlm.features.feature_set import FeatureSet
+from imbvlm.features.trial_data import StoredRows, TrialData
+from imbvlm.longtail.metrics import predictions
+from imbvlm.training.trial_run import build_trial
+
+NUM_ROWS, WIDTH, NUM_VAL, NUM_TRUE, NUM_TRIALS = 50_000, 512, 500, 5_000, 64
+# Noise at which the best probes have about three quarters right.
+NOISE = {10: 9.0, 100: 6.0}
+WITHIN, WANTED = 0.5, 2.0
+SCRIPTS = {
+    "optuna": "a script with features in memory and Optuna",
+    "grid": "a grid of 80 in that script",
+    "tune": "a Ray Tune script with Optuna and ASHA",
+}
+Trials = Sequence[Mapping[str, Any]]
+
+
+def lines(options: Options) -> Iterator[Line]:
+    for num_classes, noise in NOISE.items():
+        yield from _beside(options, options.folder / f"classes{num_classes}", num_classes, noise)
+
+
+def _beside(options: Options, folder: Path, num_classes: int, noise: float) -> Iterator[Line]:
+    num_rows = NUM_ROWS if options.large else NUM_ROWS // 5
+    features = made.stored_features(
+        folder / "features", num_rows, num_classes=num_classes, width=WIDTH, noise=noise, num_val=NUM_VAL,
+        num_true=NUM_TRUE,
+    )  # fmt: skip
+    arrays = _arrays(features)
+    np.savez(folder / "features.npz", **arrays)
+    results = {"sweep": _run("beside_sweep", folder, "sweep", {"features": _to_dict(features)})}
+    for side in SCRIPTS:
+        results[side] = _run("features_script", folder, side, {"features": str(folder / "features.npz")})
+    seconds = {side: result["seconds"] for side, result in results.items()}
+    trials: dict[str, Trials] = {side: result["trials"] for side, result in results.items()}
+    trials["sweep"] = _with_truth(trials["sweep"], features, options.device)
+    best = max(trial["true"] for of_side in trials.values() for trial in of_side)
+    yield shown(f"{num_rows:,} rows, {num_classes} classes, {NUM_TRIALS} trials: best true accuracy", 100 * best)
+    through = {side: _through(of_side, best) for side, of_side in trials.items()}
+    for side, words in SCRIPTS.items():
+        if through["sweep"] is not None and through[side] is not None:
+            yield times(f"  until within {WITHIN} points of it, against {words}", through["sweep"], through[side],
+                        wanted=WANTED)  # fmt: skip
+        yield times("    all trials, the same two sides", seconds["sweep"], seconds[side])
+    for side, of_side in trials.items():
+        last = max(of_side, key=lambda trial: trial["seen"])
+        yield shown(f"  {side}: its choice lies below by", 100 * (best - last["true"]), "points")
+        when = "never" if through[side] is None else f"{through[side]:.1f} s"
+        yield shown(f"    within {WITHIN} points after", when)
+
+
+def _arrays(features: FeatureSet) -> dict[str, np.ndarray]:
+    config, result = made.trial("linear_probe"), dict[str, np.ndarray]()
+    for split in ("train", "val", "test"):
+        rows = TrialData.open_split(config, features, split)
+        assert isinstance(rows, StoredRows), "a probe reads stored rows"
+        result[f"{split}_x"] = rows.batch("pooled", np.arange(len(rows))).numpy()
+        result[f"{split}_y"] = rows.labels
+    return result
+
+
+def _to_dict(features: FeatureSet) -> dict[str, Any]:
+    return {
+        "manifest": features.manifest, "folder": features.folder, "splits": dict(features.splits),
+        "outputs": list(features.outputs), "info": asdict(features.info),
+    }  # fmt: skip
+
+
+def _run(script: str, folder: Path, side: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    own = folder / side
+    own.mkdir()
+    file, out = own / "settings.json", own / "out.json"
+    content = {"side": side, "folder": str(own), "out": str(out), "num_trials": NUM_TRIALS, "seed": 0, **settings}
+    file.write_text(json.dumps(content))
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(f"{script}.py")), str(file)], check=True, capture_output=True
+    )
+    return json.loads(out.read_text())
+
+
+def _with_truth(trials: Trials, features: FeatureSet, device: str) -> Trials:
+    """The trials that were a choice at some time, with the true accuracies of their models, which are trained again."""
+    choices: list[Mapping[str, Any]] = []
+    for trial in sorted(trials, key=lambda trial: trial["end"]):
+        if not choices or trial["seen"] > choices[-1]["seen"]:
+            choices.append(trial)
+    spec = make_spec(features.manifest, NUM_TRIALS, 0)
+    return [{**trial, "true": _truth(spec.trial(trial["params"]), features, device)} for trial in choices]
+
+
+def _truth(config: Any, features: FeatureSet, device: str) -> float:
+    run = build_trial(config, TrialData.open(config, features), device)
+    for _ in run.epochs():
+        pass
+    rows = TrialData.open_split(config, features, "test")
+    assert isinstance(rows, StoredRows), "a probe reads stored rows"
+    with torch.inference_mode():
+        inputs = rows.batch("pooled", np.arange(len(rows))).float()
+        right = predictions(run.model(inputs.to(device)))[0].cpu().numpy() == rows.labels
+    return float(balanced_accuracy(right, rows.labels))
+
+
+def _through(trials: Trials, best: float) -> float | None:
+    """Seconds until the choice is near the best and stays so; None if it never is."""
+    since, chosen = None, None
+    for trial in sorted(trials, key=lambda trial: trial["end"]):
+        if chosen is None or trial["seen"] > chosen["seen"]:
+            chosen = trial
+            is_near = 100 * (best - trial["true"]) <= WITHIN
+            since = (since if since is not None else trial["end"]) if is_near else None
+    return since
