@@ -115,12 +115,12 @@ def test_a_portfolio_holds_what_is_best_on_other_families_alone() -> None:
         each.truth[place], each.truth[7] = 0.9, 0.8
     portfolio = replay.Portfolio(of_space)
     params = of_space[0].params
-    assert portfolio.recipes("quickstart", 1) == [params[7]]
-    first, second, *more = portfolio.recipes("quickstart", 8, without="c")
+    assert portfolio.recipes(1) == [params[7]]
+    first, second, *more = portfolio.recipes(8, without="c")
     assert first == params[7]
     assert more == [params[1]]
     assert second == params[0]
-    assert portfolio.recipes("quickstart", 8, without="a") == [params[7], params[1], params[2]]
+    assert portfolio.recipes(8, without="a") == [params[7], params[1], params[2]]
 
 
 def test_recipes_come_first_and_the_shipped_ones_are_within_the_tables_space() -> None:

@@ -27,6 +27,7 @@ from imbvlm.sweep.records.budget import Budget
 from imbvlm.sweep.records.trial_log import TrialLog
 from imbvlm.sweep.records.trial_parquet import write_results_table
 from imbvlm.sweep.spec.sweep_spec import SweepSpec
+from imbvlm.sweep.tune.asha_brackets import AshaBrackets
 from imbvlm.sweep.tune.jobs import Job, JobSource, RunContext
 from imbvlm.sweep.tune.tune_runner import run_jobs
 from imbvlm.training.trial_session import TrialSettings
@@ -109,18 +110,22 @@ def run_through(
     features: FeatureSet,
     num_trials: int,
     source: Callable[[Budget], JobSource],
+    *,
+    at_once: int = 1,
+    brackets: AshaBrackets | None = None,
+    pack_size: Callable[[TrialConfig], int] = lambda config: 1,
 ) -> tuple[TrialLog, float]:
-    """Trials in process under Ray Tune, one after another: their log, and seconds with Ray's start left out."""
+    """Trials in process under Ray Tune, by default one after another: their log, and seconds without Ray's start."""
     console, budget = Console(io.StringIO()), Budget.open(spec, str(folder), 0.0)
     num_classes = len(Manifest.read(features.manifest).class_names)
-    lane = RunContext(spec.resolve(), str(folder), TrialLog(str(folder)), console, 1, budget, num_classes)
+    lane = RunContext(spec.resolve(), str(folder), TrialLog(str(folder)), console, at_once, budget, num_classes)
 
     def settings(job: Job) -> TrialSettings:
         return TrialSettings(job.config, features, spec.objective, num_threads=1, trial_id=job.trial_id)
 
     with console.redirect_output(folder / "ray.log"), ray_session():
         begin = time.perf_counter()
-        run_jobs(lane, source(budget), settings, None, "search", num_trials)
+        run_jobs(lane, source(budget), settings, brackets, "search", num_trials, pack_size)
         write_results_table(lane.log)
         taken = time.perf_counter() - begin
     return lane.log, taken

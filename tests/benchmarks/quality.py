@@ -51,8 +51,11 @@ def lines(options: Options) -> Iterator[Line]:
     tables = read_tables()
     families = {table.family for table in tables.values()}
     yield shown(f"{len(tables)} tables of {len(families)} families", " ".join(sorted(families)))
-    portfolio = Portfolio(list(tables.values()))
-    replays = [Replay(table, portfolio) for table in tables.values()]
+    portfolios = {
+        space: Portfolio([table for table in tables.values() if table.space == space])
+        for space in sorted({table.space for table in tables.values()})
+    }
+    replays = [Replay(table, portfolios[table.space]) for table in tables.values()]
     of_table = [table.family for table in tables.values()]
     scores: dict[str, Array] = {}
     yield shown("excess regret in points, 95 % interval", f"after {', '.join(map(str, BUDGETS))}")
@@ -65,8 +68,8 @@ def lines(options: Options) -> Iterator[Line]:
                 "    as shipped minus that", interval((scores[SHIPPED.name] - scores[method.name]).mean(axis=1))
             )
     if options.large:
-        for space in sorted({table.space for table in tables.values()}):
-            for number, recipe in enumerate(portfolio.recipes(space, NUM_RECIPES), start=1):
+        for space, portfolio in portfolios.items():
+            for number, recipe in enumerate(portfolio.recipes(NUM_RECIPES), start=1):
                 yield shown(f"  {space}: recipe {number} of all families", json.dumps(recipe))
         yield from _left_out({name: each.mean(axis=1) for name, each in scores.items()}, of_table)
 

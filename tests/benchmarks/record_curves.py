@@ -179,6 +179,7 @@ def made_features(plan: Plan, seed: int, folder: Path) -> FeatureSet:
         shares = np.zeros(size[:2])
         shares[:, 0] = 1.0
         shares[np.arange(len(of_split)), rng.integers(1, NUM_TOKENS, len(of_split))] = 1.3
+        # Tables of a single mode were recorded without this draw.
         mode = rng.integers(plan.modes, size=len(of_split)) if plan.modes > 1 else np.zeros(len(of_split), dtype=int)
         values = shares[..., None] * centers[mode, of_split][:, None] + 1.5 * noise + shared
         tokens = (values * spectrum).astype(np.float32)[:, None]
@@ -277,7 +278,7 @@ def lockstep(indices: Sequence[int], runs: Sequence[TrialRun]) -> Iterator[tuple
 
 def predict(run: TrialRun, inputs: torch.Tensor) -> Array:
     with torch.inference_mode():
-        return torch.cat([predictions(run.model(part))[0] for part in inputs.split(1024)]).numpy()
+        return torch.cat([predictions(run.model(part))[0] for part in inputs.split(1024)]).cpu().numpy()
 
 
 def main() -> None:

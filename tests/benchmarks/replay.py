@@ -11,6 +11,7 @@ import random
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import eq
 from pathlib import Path
 from typing import Any
@@ -206,11 +207,10 @@ class Replay:
 
     def first_trials(self, method: Method) -> list[Params]:
         """The recipes that come first."""
-        pinned = shipped_recipes(self.table.space) if method.is_pinned else []
-        if not method.portfolio or self._portfolio is None:
-            return pinned
-        learned = self._portfolio.recipes(self.table.space, method.portfolio, without=self.table.family)
-        return [*pinned, *(recipe for recipe in learned if recipe not in pinned)]
+        recipes = [*shipped_recipes(self.table.space)] if method.is_pinned else []
+        if self._portfolio is not None:
+            recipes += self._portfolio.recipes(method.portfolio, without=self.table.family)
+        return recipes
 
     def halve(self, number: int, seed: int) -> tuple[float, list[tuple[float, int]]]:
         """When so many random probes are through, and those that were trained to their end."""
@@ -232,48 +232,41 @@ def open_search(spec: SweepSpec, space: SearchSpace) -> StudySearch:
 
 
 class Portfolio:
-    """Recipes learned from tables: of each space the configurations of all its tables, and what each gives on each."""
+    """What each configuration of a space's tables gives on each of them, for recipes that are learned from it."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
-        self._tables, self._truth = tables, dict[str, Array]()
-        for space in sorted({table.space for table in tables}):
-            of_space = self._of_space(space)
-            spec = make_spec(space, {"name": "random"})
-            candidates = [params for table in of_space for params in table.params]
-            self._truth[space] = np.array(
-                [
-                    table.truth[[nearest.index(params) for params in candidates], -1]
-                    for table in of_space
-                    for nearest in [Nearest(spec.read_space(), spec.base, table.params)]
-                ]
-            )
+        spec = make_spec(tables[0].space, {"name": "random"})
+        nearest = [Nearest(spec.read_space(), spec.base, table.params) for table in tables]
+        self._candidates = [params for table in tables for params in table.params]
+        self._families = np.array([table.family for table in tables])
+        self._origins = np.repeat(self._families, [len(table.params) for table in tables])
+        self._truth = np.array([
+            table.truth[[rows.index(params) for params in self._candidates], -1]
+            for table, rows in zip(tables, nearest, strict=True)
+        ])  # fmt: skip
 
-    def _of_space(self, space: str) -> list[Table]:
-        return [table for table in self._tables if table.space == space]
-
-    def recipes(self, space: str, size: int, without: str = "") -> list[Params]:
+    def recipes(self, size: int, without: str = "") -> list[Params]:
         """Recipes that together come nearest to the best on each table, chosen in turn until none gains.
 
-        Tables of the family `without` neither give recipes nor judge them.
+        Tables of the family `without` neither give recipes nor judge them. Of candidates that stand for the same
+        recorded configurations on every table the first is taken.
         """
-        of_space = self._of_space(space)
-        is_learned_from = np.array([table.family != without for table in of_space])
-        candidates = [params for table in of_space for params in table.params]
-        is_candidate = np.repeat(is_learned_from, [len(table.params) for table in of_space])
         # A point of a hard table counts as one of an easy one.
-        truth = np.where(is_candidate, self._truth[space], -np.inf)[is_learned_from]
+        truth = self._truth[self._families != without]
+        truth[:, self._origins == without] = -np.inf
         best, chosen = np.full(len(truth), -np.inf), list[int]()
-        for _ in range(size if is_learned_from.any() else 0):
+        for _ in range(size):
             sums = np.maximum(truth, best[:, None]).sum(axis=0)
             index = int(np.argmax(sums))
             if not sums[index] > best.sum():
                 break
             chosen.append(index)
             best = truth[:, chosen].max(axis=1)
-        return [candidates[index] for index in chosen]
+        return [self._candidates[index] for index in chosen]
 
 
-def shipped_recipes(space: str) -> list[Params]:
+@cache
+def shipped_recipes(space: str) -> Sequence[Params]:
     """The first trials of the shipped sweep of a space, without the keys that the tables' features fix."""
     module = runpy.run_path(str(Path(__file__).parents[2] / "sweeps" / f"{space}.py"))
     recipes = list[Params]()
