@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,14 +16,14 @@ _ANSWER_SECONDS = 10.0
 
 class _Values:
     def __init__(self) -> None:
-        self._values: dict[str, list[Any]] = {}
+        self._values: dict[str, list[bytes]] = {}
 
-    def add(self, key: str, value: Any) -> list[Any]:
+    def add(self, key: str, value: bytes) -> list[bytes]:
         values = self._values.setdefault(key, [])
         values.append(value)
         return values
 
-    def get(self, key: str) -> list[Any]:
+    def get(self, key: str) -> list[bytes]:
         return self._values.get(key, [])
 
     def delete(self, key: str) -> None:
@@ -32,7 +33,8 @@ class _Values:
 class JobRecords:
     """A handle of the actor, which may be pickled. A lost actor has no values, and adding one is without effect.
 
-    The actor is not restarted: on a machine without memory Ray kills what it may restart before all else.
+    The actor is not restarted: on a machine without memory Ray kills what it may restart before all else. It gets
+    values as bytes: to unpickle a handle of a trial's actor it would import the trial's libraries for seconds.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -48,7 +50,7 @@ class JobRecords:
 
     def add(self, key: str, value: Any) -> list[Any]:
         """Append a value to a key's list, and return the list."""
-        return self._ask("add", key, value)
+        return self._ask("add", key, cloudpickle.dumps(value))
 
     def get(self, key: str) -> list[Any]:
         """A key's values."""
@@ -60,9 +62,10 @@ class JobRecords:
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=_ANSWER_SECONDS)
+            values = ray.get(getattr(self._actor, method).remote(*arguments), timeout=_ANSWER_SECONDS)
         except (RayActorError, OutOfMemoryError, GetTimeoutError):
             return []
+        return [cloudpickle.loads(value) for value in values]
 
 
 def process_key(trial_id: str) -> str:

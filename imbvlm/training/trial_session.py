@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import socket
 import time
 import traceback
+import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,15 +68,17 @@ class TrialReport:
 def to_result(reports: Sequence[TrialReport]) -> dict[str, Any]:
     """The result for Ray Tune of an epoch of some trials, which ends their process if it is the last one of all.
 
-    Reports are plain data there: Tune keeps the text of every object that JSON can't hold.
+    Reports are compressed there: Tune keeps the last result of each process, and its text, while the sweep runs.
     """
     epoch = max((report.epoch for report in reports), default=0)
-    return {"reports": list(map(vars, reports)), "epoch": epoch, "done": all(report.is_last for report in reports)}
+    text = json.dumps(list(map(vars, reports)), default=float).encode()
+    packed = base64.b64encode(zlib.compress(text)).decode()
+    return {"reports": packed, "epoch": epoch, "done": all(report.is_last for report in reports)}
 
 
 def from_result(result: Mapping[str, Any]) -> list[TrialReport]:
     """The reports of a result."""
-    return [TrialReport(**report) for report in result["reports"]]
+    return [TrialReport(**report) for report in json.loads(zlib.decompress(base64.b64decode(result["reports"])))]
 
 
 # A trial that trains with a pack reports this when it has joined, before its first epoch.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,6 +39,17 @@ def test_a_deleted_key_leaves_the_others(records: JobRecords) -> None:
     records.delete("kept")
     assert records.get("kept") == []
     assert records.get("kept too") == ["value"]
+
+
+class WhereUnpickled:
+    def __reduce__(self) -> tuple[Callable[[], int], tuple[()]]:
+        return os.getpid, ()
+
+
+def test_values_are_unpickled_by_those_who_ask(records: JobRecords) -> None:
+    """The actor imported torch for seconds to unpickle the first trial's handle, and the trial waited for it."""
+    records.add("here", WhereUnpickled())
+    assert records.get("here") == [os.getpid()]
 
 
 def test_a_trials_process_is_ended_and_its_workers_placement_group_freed(records: JobRecords) -> None:

@@ -139,7 +139,7 @@ class DeliveredExport:
         return refits_of(self.log, member.refit.name)
 
     def _scores(self, notes: Sequence[str]) -> dict[str, object]:
-        scored = [record.epochs[-1] for record in self.log.of("delivered") if record.name == DELIVERED]
+        scored = [dict(record.epochs[-1]) for record in self.log.of("delivered") if record.name == DELIVERED]
         return {
             "validation": None if self.selection is None else {"num_rows": self.selection.num_rows},
             "test": scored[0] if scored else None,

@@ -145,9 +145,10 @@ class TrialExport:
         return config if config.train is None else config.with_overrides({"train.seed": self.spec.refit_seeds[0]})
 
     def _scores(self, notes: Sequence[str]) -> dict[str, object]:
+        validation = self.record.best_epoch(self.spec.objective)
         return {
-            "validation": self.record.best_epoch(self.spec.objective),
-            "refit": self.refits[0].epochs[-1] if self.refits and self.refits[0].epochs else None,
+            "validation": None if validation is None else dict(validation),
+            "refit": dict(self.refits[0].epochs[-1]) if self.refits and self.refits[0].epochs else None,
             "selected_by": self.spec.best_objective,
             "sweep": self.spec.name,
             "notes": notes,

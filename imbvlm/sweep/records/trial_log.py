@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from imbvlm.base import storage
 from imbvlm.base.errors import ImbvlmError
@@ -31,7 +33,33 @@ DELIVERED, BLEND = "delivered", "blend"
 SPEC_FILE = "sweep.yaml"
 SELECTION_FILE = "selection.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+NUM_SHARED = 8
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
+
+
+class EpochMetrics(Mapping[str, float]):
+    """An epoch's metrics as numbers in a row, which take a fifth of a dict's memory.
+
+    Epochs with equal names share `places`, a name's place in the row.
+    """
+
+    __slots__ = ("_places", "_values")
+
+    def __init__(self, places: Mapping[str, int], values: Iterable[float]) -> None:
+        self._places, self._values = places, array("d", values)
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _dicts(epochs: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
+    return [dict(epoch) for epoch in epochs]
 
 
 class TrialRecord(BaseModel):
@@ -51,7 +79,7 @@ class TrialRecord(BaseModel):
     stop_reason: str = ""
     config: Tree
     draw: dict[str, Any] = {}
-    epochs: list[dict[str, float]] = []
+    epochs: Annotated[list[Mapping[str, float]], PlainSerializer(_dicts, return_type=list[dict[str, float]])] = []
     started_at: float = 0.0
     ended_at: float | None = None
     driver: str = ""
@@ -149,7 +177,10 @@ class Selected:
 
 
 class TrialLog:
-    """The records of a sweep's folder: `trials/<id>.json`, each rewritten whole when its trial starts and ends."""
+    """The records of a sweep's folder: `trials/<id>.json`, each rewritten whole when its trial starts and ends.
+
+    A search of 10,000 trials has all records in memory: they share equal sections of configurations.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -158,6 +189,9 @@ class TrialLog:
         # None before validation has selected, and where the objective selects.
         self.selected: Selected | None = None
         self.records: dict[str, TrialRecord] = {}
+        # By a section's name and its JSON text, the latest NUM_SHARED of each.
+        self._sections: dict[str, dict[str, Any]] = {}
+        self._places: dict[tuple[str, ...], Mapping[str, int]] = {}
 
     @staticmethod
     def read(folder: str) -> TrialLog:
@@ -178,12 +212,12 @@ class TrialLog:
             # The id names the file: a record with another id would be written elsewhere.
             if name != f"{record.trial_id}.json":
                 raise ImbvlmError(f"{uri} is the record of {record.trial_id!r}. Remove it to run that trial again.")
-            log.records[record.trial_id] = record
+            log._add(record)
         return log
 
     def save(self, record: TrialRecord) -> None:
         """Keep a record and write it."""
-        self.records[record.trial_id] = record
+        self._add(record)
         storage.write_bytes(
             storage.join(self.folder, "trials", f"{record.trial_id}.json"), record.model_dump_json(indent=1).encode()
         )
@@ -191,7 +225,27 @@ class TrialLog:
     def add_epoch(self, trial_id: str, metrics: dict[str, float]) -> None:
         """Add an epoch's metrics; an epoch that ran again after a restart replaces its first run."""
         record = self.records[trial_id]
-        record.epochs = [epoch for epoch in record.epochs if epoch["epoch"] < metrics["epoch"]] + [metrics]
+        earlier = [epoch for epoch in record.epochs if epoch["epoch"] < metrics["epoch"]]
+        record.epochs = [*earlier, self._compact(metrics)]
+
+    def _add(self, record: TrialRecord) -> None:
+        record.config = {key: self._shared(key, section) for key, section in record.config.items()}
+        record.epochs = [self._compact(epoch) for epoch in record.epochs]
+        self.records[record.trial_id] = record
+
+    def _shared(self, key: str, section: Any) -> Any:
+        """An equal section of an earlier record; most trials differ in few of them."""
+        latest, text = self._sections.setdefault(key, {}), json.dumps(section)
+        if text not in latest:
+            if len(latest) == NUM_SHARED:
+                del latest[next(iter(latest))]
+            latest[text] = section
+        return latest[text]
+
+    def _compact(self, metrics: Mapping[str, float]) -> EpochMetrics:
+        names = tuple(metrics)
+        places = self._places.setdefault(names, {name: place for place, name in enumerate(names)})
+        return EpochMetrics(places, metrics.values())
 
     def of(self, kind: TrialKind) -> list[TrialRecord]:
         """The records of one kind in the order of their ids."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 from imbvlm.base.formatting import join_limited
@@ -16,7 +17,7 @@ MAX_NAMES = 5
 
 
 def canonical_key(config: TrialConfig) -> str:
-    """Equal for configurations that train the same thing."""
+    """A digest that is equal for configurations that train the same thing."""
     tree = config.to_tree()
     # All trials of a sweep read the same manifest, though its path may be written differently.
     del tree["data"]["manifest"]
@@ -25,7 +26,7 @@ def canonical_key(config: TrialConfig) -> str:
     for key, section in (("mixing", config.mixing), ("feature_augmentation", config.feature_augmentation)):
         if section is not None and not section.is_on:
             del tree[key]
-    return json.dumps(tree, sort_keys=True)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def untrained_configurations(sweep: ResolvedSweep) -> list[str]:

@@ -35,7 +35,9 @@ class TuneSearcher(Unpickled, Searcher):
 
     `pack_size` gives the size of a configuration's pack; None lets each job have a process of its own. The baselines of
     an encoder share a process too, although each trains alone: they take seconds, and Tune would start a process for
-    each of them. `resources` are those of a trial's workers. Nothing is saved: a resumed sweep reads its records.
+    each of them. Of the search's packs each of `at_once` processes has 1, 2, 4, ... trials: all trials of a pack end
+    late, and users, the sampler and ASHA wait for the first. `resources` are those of a trial's workers. Nothing is
+    saved: a resumed sweep reads its records.
     """
 
     def __init__(
@@ -43,20 +45,26 @@ class TuneSearcher(Unpickled, Searcher):
         source: JobSource,
         members: Members,
         pack_size: Callable[[TrialConfig], int] | None,
+        at_once: int,
         resources: dict[str, float],
     ) -> None:
         super().__init__(metric="epoch", mode="max")
         self._source, self._members, self._pack_size, self._resources = source, members, pack_size, resources
+        self._at_once, self._num_search_packs = at_once, 0
         self._waiting: list[_Waiting] = []
 
     def suggest(self, trial_id: str) -> Tree | str:
         if not self._waiting and not self._ask():
             return str(Searcher.FINISHED)
         first = self._waiting[0]
-        while first.key is not None and len(self._waiting) < first.size and self._ask():
+        size = first.size
+        if first.job.kind == "search":
+            size = min(size, 2 ** (self._num_search_packs // self._at_once))
+            self._num_search_packs += 1
+        while first.key is not None and len(self._waiting) < size and self._ask():
             pass
         together = [waiting for waiting in self._waiting[1:] if first.key is not None and waiting.key == first.key]
-        group = [first, *together[: first.size - 1]]
+        group = [first, *together[: size - 1]]
         self._waiting = [waiting for waiting in self._waiting if not any(waiting is taken for taken in group)]
         jobs = [waiting.job for waiting in group]
         payload = self._members.open(trial_id, jobs).encode()

@@ -73,7 +73,13 @@ def run_jobs(
     tuner = tune.Tuner(
         tune.with_resources(*_trainable(context)),
         tune_config=tune.TuneConfig(
-            search_alg=TuneSearcher(source, members, pack_size if context.driver == "in_process" else None, resources),
+            search_alg=TuneSearcher(
+                source,
+                members,
+                pack_size if context.driver == "in_process" else None,
+                context.max_concurrent,
+                resources,
+            ),
             scheduler=timeout,
             num_samples=-1,
             max_concurrent_trials=context.max_concurrent,

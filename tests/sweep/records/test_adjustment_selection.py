@@ -304,17 +304,20 @@ def test_of_ended_trials_the_baselines_and_the_best_few_keep_their_logits(tmp_pa
     prune_logits(str(tmp_path / "nowhere"), log, spec)
 
 
+def scale(record: TrialRecord, factor: float) -> None:
+    name = "val/best_balanced_accuracy"
+    record.epochs = [{**epoch, name: factor * epoch[name]} for epoch in record.epochs]
+
+
 def test_logits_of_trials_that_are_refitted_or_run_again_stay(tmp_path: Path) -> None:
     """With fresh crops each method's best is refitted, and any of those with more seeds may be the winner."""
     folder, log, spec = sweep_with_logits(tmp_path, fresh_crops=True, confirm_trials=10, select_by="objective")
     best = list(log.best(spec.objective))
     second = next(record for record in best if record.config["method"] != best[0].config["method"])
-    for epoch in second.epochs:
-        epoch["val/best_balanced_accuracy"] *= 0.01
+    scale(second, 0.01)
     for record in best:
         if record.config["method"] == second.config["method"] and record is not second:
-            for epoch in record.epochs:
-                epoch["val/best_balanced_accuracy"] *= 0.001
+            scale(record, 0.001)
     prune_logits(folder, log, spec)
     assert len(with_logits(folder)) == 10 + 1 + 2
     assert second.trial_id in with_logits(folder)

@@ -13,6 +13,7 @@ from driven_search import TWELVE, drive, searcher
 from driven_search import spec as search_spec
 from quickstart_sweep import QUICKSTART, imbvlm, newest, run, trials
 from sweep_folder import sweep_spec, write_sweep
+from trial_epochs import set_metrics
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.sweep.records.budget import Budget
@@ -101,8 +102,8 @@ def test_another_winner_has_refits_of_its_own_and_the_earlier_ones_stay(tmp_path
     assert first[0] == "refit-winner-seed0"
     assert refit_all() == first
     better = log.best(spec.objective)[1]
-    for epoch in better.epochs:
-        epoch |= {"val/balanced_accuracy": 0.99, "val/best_balanced_accuracy": 0.99}
+    for index in range(len(better.epochs)):
+        set_metrics(better, {"val/balanced_accuracy": 0.99, "val/best_balanced_accuracy": 0.99}, index)
     second = refit_all()
     assert second[0] == f"refit-winner-{better.trial_id}-seed0"
     assert second[2:] == first[2:]

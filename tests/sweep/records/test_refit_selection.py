@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trial_epochs import set_metrics
 from trial_records import BASE, log_of, record
 
 from imbvlm.sweep.records.refit_selection import confirm_seconds, refits, to_confirm
@@ -26,7 +27,7 @@ def test_the_winner_is_refitted_at_its_configured_length_with_each_seed(tmp_path
 
 def test_a_tau_that_validation_chose_is_set_in_the_refit(tmp_path: Path) -> None:
     trial = record("t1", [0.2, 0.6], NORMALIZED)
-    trial.epochs[-1]["second_stage/tau"] = 0.45
+    set_metrics(trial, {"second_stage/tau": 0.45})
     (winner,) = refits(log_of(tmp_path, trial), SPEC)
     assert winner.config.second_stage.tau == 0.45
     configured = record("t2", [0.7], {**NORMALIZED, "second_stage": {"name": "tau_normalization", "tau": 0.3}})
@@ -36,7 +37,7 @@ def test_a_tau_that_validation_chose_is_set_in_the_refit(tmp_path: Path) -> None
 
 def test_what_validation_chose_for_a_discriminant_is_set_in_the_refit_which_has_one_seed(tmp_path: Path) -> None:
     trial = record("t1", [0.6], {"method": "discriminant"})
-    trial.epochs[-1] |= {"discriminant/shrinkage": 0.2, "discriminant/temperature": 3.0}
+    set_metrics(trial, {"discriminant/shrinkage": 0.2, "discriminant/temperature": 3.0})
     (winner,) = refits(log_of(tmp_path, trial), SPEC)
     section = winner.config.discriminant
     assert (section.shrinkage, section.temperature, winner.seeds) == (0.2, 3.0, (0,))
@@ -102,7 +103,7 @@ def test_baselines_and_the_best_trials_that_read_features_are_scored_over_folds(
     spec = SPEC.model_copy(update={"confirm_trials": 2, "constraints": {"val/few_shot_accuracy": 0.5}})
     trials = [record(f"t{number}", [number / 100]) for number in range(20)]
     for trial in trials:
-        trial.epochs[-1]["val/few_shot_accuracy"] = 0.2 if trial.trial_id == "t19" else 0.6
+        set_metrics(trial, {"val/few_shot_accuracy": 0.2 if trial.trial_id == "t19" else 0.6})
     trials[18].state = "stopped"
     trials[17].config = record("t17", [0.0], {"method": "fine_tuning"}).config
     baselines = [

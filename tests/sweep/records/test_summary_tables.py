@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from trial_epochs import set_metrics
 
 from imbvlm.base.formatting import duration, percent
 from imbvlm.config.trial_config import TrialConfig
@@ -72,7 +73,7 @@ def test_a_win_on_validation_is_beyond_the_95_percent_interval(gain: float, word
     log = TrialLog("unused")
     log.records = {"t1": record("t1", 0.5 + gain), "b1": record("b1", 0.5, "linear_probe", "baseline", "probe")}
     for one in log.records.values():
-        one.epochs[0]["val/balanced_standard_error"] = 0.02
+        set_metrics(one, {"val/balanced_standard_error": 0.02}, 0)
     assert summary_tables.verdict(log, SPEC, None).startswith(words)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sweep_folder import sweep_spec
+from trial_epochs import set_metrics
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
@@ -264,9 +265,9 @@ def test_a_blend_whose_test_logits_take_too_much_memory_is_not_sought(log: Trial
 def test_trials_that_did_not_end_or_violate_a_constraint_are_no_candidates(log: TrialLog) -> None:
     spec = sweep_spec(constraints={"val/few_shot_accuracy": 0.5})
     log.constraints = spec.constraints
-    add(log, "t00001", 0.9, logits(0, 0.5), state="stopped").epochs[0]["val/few_shot_accuracy"] = 0.9
-    add(log, "t00002", 0.9, logits(1, 0.5)).epochs[0]["val/few_shot_accuracy"] = 0.2
-    add(log, "t00003", 0.7, logits(2, 2.0)).epochs[0]["val/few_shot_accuracy"] = 0.6
+    set_metrics(add(log, "t00001", 0.9, logits(0, 0.5), state="stopped"), {"val/few_shot_accuracy": 0.9}, 0)
+    set_metrics(add(log, "t00002", 0.9, logits(1, 0.5)), {"val/few_shot_accuracy": 0.2}, 0)
+    set_metrics(add(log, "t00003", 0.7, logits(2, 2.0)), {"val/few_shot_accuracy": 0.6}, 0)
     assert list(selected(log, spec).log_likelihoods) == ["t00003"]
 
 
@@ -284,7 +285,7 @@ def test_further_seeds_count_by_their_mean(log: TrialLog, spec: SweepSpec) -> No
 @pytest.mark.parametrize("fields", [{"select_by": "objective"}, {"objective": "val/few_shot_accuracy"}])
 def test_a_user_may_select_by_the_objective(log: TrialLog, fields: dict[str, str]) -> None:
     record = add(log, "t00001", 0.9, logits(0, 1.0))
-    record.epochs[0]["val/best_few_shot_accuracy"] = 0.5
+    set_metrics(record, {"val/best_few_shot_accuracy": 0.5}, 0)
     assert selected(log, sweep_spec(**fields)) is None
     assert selected(log, sweep_spec(objective="val/few_shot_accuracy", select_by="log_likelihood")) is not None
 

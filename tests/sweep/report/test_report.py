@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from sweep_folder import SPACE, sweep_spec, write_sweep
+from trial_epochs import set_metrics
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.base.formatting import duration
@@ -204,8 +205,8 @@ def test_figures_show_the_best_head_and_tables_all(tmp_path: Path) -> None:
         for source_id, trial_id in (("b00001", f"b{number:05d}"), ("refit-zero-shot-seed0", f"refit-{method}-seed0")):
             record = log.records[source_id].model_copy(update={"trial_id": trial_id, "name": name}, deep=True)
             record.config = record.trial_config().with_overrides({"method": method}).to_tree()
-            record.epochs[-1] |= {"val/best_balanced_accuracy": value, f"{method}/shrinkage": 0.1}
-            record.epochs[-1] |= {f"{method}/temperature": 1.0, "val/balanced_accuracy": value}
+            set_metrics(record, {"val/best_balanced_accuracy": value, f"{method}/shrinkage": 0.1})
+            set_metrics(record, {f"{method}/temperature": 1.0, "val/balanced_accuracy": value})
             log.save(record)
         shutil.copytree(folder / "refits" / "refit-zero-shot-seed0", folder / "refits" / f"refit-{method}-seed0")
     source = ReportData.read(str(folder))
@@ -633,7 +634,7 @@ def test_the_best_few_stand_with_the_spread_of_their_seeds(tmp_path: Path) -> No
     again = first.model_copy(
         deep=True, update={"trial_id": f"{first.trial_id}-seed1", "kind": "confirm", "name": first.trial_id}
     )
-    again.epochs[-1]["val/best_balanced_accuracy"] = value - 0.02
+    set_metrics(again, {"val/best_balanced_accuracy": value - 0.02})
     again.epochs = again.epochs[-1:]
     log.save(again)
     (table,) = [table for table in build(ReportData.read(str(folder))).all_tables if table.name == "over_seeds"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from towers import write_tower
+from trial_epochs import set_metrics
 
 from imbvlm.base.errors import ConfigError
 from imbvlm.data.manifest import Manifest
@@ -242,7 +243,7 @@ def test_five_crops_have_a_row_of_their_own(tmp_path: Path) -> None:
     _, log = write_study(tmp_path / "s")
     for record in log.of("refit"):
         if record.name == "study: probe":
-            record.epochs[-1]["test_tte/top1_accuracy"] = 0.5
+            set_metrics(record, {"test_tte/top1_accuracy": 0.5})
             log.save(record)
     rows = study_tables.study_tables(ReportData.read(str(tmp_path / "s")))[0].rows
     assert [row[0] for row in rows] == ["Zero-shot", "Probe", "  five crops", "Decoder", "MARC"]

@@ -17,6 +17,7 @@ import pytest
 from pty_screen import PtyScreen, RewrappingScreen
 from quickstart_sweep import QUICKSTART
 from sweep_folder import sweep_spec, write_sweep
+from trial_epochs import set_metrics
 
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 from imbvlm.sweep.tune.live_status import Countdown, ProgressSnapshot, live_lines, seconds_left
@@ -33,7 +34,7 @@ def log(tmp_path: Path) -> TrialLog:
     for record, (state, reason) in zip(records[-4:], states.items(), strict=True):
         record.state, record.stop_reason = state, reason
     records[-4].ended_at, records[-2].ended_at = 1e9 + 50, None
-    records[-2].epochs[-1]["train/images_per_second"] = 1234.5
+    set_metrics(records[-2], {"train/images_per_second": 1234.5})
     return log
 
 
