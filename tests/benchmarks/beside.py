@@ -1,10 +1,11 @@
-"""Time to quality beside what a user would write: a sweep's search, three scripts, the same features and space.
+"""Time to quality beside what a user would write: two searches of a sweep, three scripts, the same features and space.
 
 Each side is a process of its own, timed from its command. Its choice at a time is the finished trial of the highest
 validation accuracy so far. The best is the highest true accuracy that any trial of any side has; a side is through when
 its choice is within WITHIN points of it and stays so.
 """
 
+import itertools
 import json
 import math
 import pickle
@@ -30,10 +31,12 @@ NUM_ROWS, WIDTH, NUM_VAL, NUM_TRUE, NUM_TRIALS = 50_000, 512, 500, 5_000, 64
 # Noise at which the best probes have about three quarters right.
 NOISE = {10: 9.0, 100: 6.0}
 WITHIN, WANTED = 0.5, 2.0
+# A sweep's search, and one that begins with learned recipes.
+SWEEPS = ("sweep", "recipes")
 SCRIPTS = {
-    "optuna": "a script with features in memory and Optuna",
+    "optuna": "features in memory and Optuna",
     "grid": "a grid of 80 in that script",
-    "tune": "a Ray Tune script with Optuna and ASHA",
+    "tune": "Ray Tune, Optuna, ASHA",
 }
 Trials = Sequence[Mapping[str, Any]]
 
@@ -54,20 +57,21 @@ def _beside(options: Options, folder: Path, num_classes: int, noise: float) -> I
         arrays[f"{split}_x"], arrays[f"{split}_y"] = _rows_of(features, split)
     np.savez(folder / "features.npz", **arrays)
     (folder / "features.pickle").write_bytes(pickle.dumps(features))
-    results = {"sweep": _run("beside_sweep", folder, "sweep", "features.pickle")}
+    results = {side: _run("beside_sweep", folder, side, "features.pickle") for side in SWEEPS}
     for side in SCRIPTS:
         results[side] = _run("features_script", folder, side, "features.npz")
     seconds = {side: result["seconds"] for side, result in results.items()}
     trials: dict[str, Trials] = {side: result["trials"] for side, result in results.items()}
-    trials["sweep"] = _with_truth(trials["sweep"], features, options.device)
+    for side in SWEEPS:
+        trials[side] = _with_truth(trials[side], features, options.device)
     best = max(trial["true"] for of_side in trials.values() for trial in of_side)
     yield shown(f"{num_rows:,} rows, {num_classes} classes, {NUM_TRIALS} trials: best true accuracy", 100 * best)
     through = {side: _through(of_side, best) for side, of_side in trials.items()}
-    for side, words in SCRIPTS.items():
-        if min(through["sweep"], through[side]) < math.inf:
-            yield times(f"  until within {WITHIN} points of it, against {words}", through["sweep"], through[side],
-                        wanted=WANTED)  # fmt: skip
-        yield times("    all trials, the same two sides", seconds["sweep"], seconds[side])
+    for ours, side in itertools.product(SWEEPS, SCRIPTS):
+        words = f"{ours}, and {SCRIPTS[side]}"
+        if min(through[ours], through[side]) < math.inf:
+            yield times(f"  within {WITHIN} points: {words}", through[ours], through[side], wanted=WANTED)
+        yield times("    all trials of both", seconds[ours], seconds[side])
     for side, of_side in trials.items():
         last = max(of_side, key=lambda trial: trial["seen"])
         yield shown(f"  {side}: its choice lies below by", 100 * (best - last["true"]), "points")

@@ -1,7 +1,8 @@
 """This side of `beside`: a sweep's search over probes on stored features, from the command to its last trial.
 
 `python beside_sweep.py SETTINGS.json` starts Ray, searches by TPE and ASHA, with trials packed as in a sweep, and
-writes `out`: each finished trial's end in seconds, its validation accuracy and its parameters.
+writes `out`: each finished trial's end in seconds, its validation accuracy and its parameters. The side `recipes`
+begins with learned ones.
 """
 
 import time
@@ -11,6 +12,7 @@ BEGIN = time.time()
 import json  # noqa: E402
 import pickle  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import made  # noqa: E402
@@ -21,6 +23,8 @@ import imbvlm.sweep.run.run_phases  # noqa: E402, F401
 from imbvlm.data.manifest import Manifest  # noqa: E402
 from imbvlm.features.feature_set import FeatureSet  # noqa: E402
 from imbvlm.sweep.plan.feasibility import packing  # noqa: E402
+from imbvlm.sweep.spec.learned_recipes import PROBES  # noqa: E402
+from imbvlm.sweep.spec.search_space import Params  # noqa: E402
 from imbvlm.sweep.spec.spec_checks import check_spec  # noqa: E402
 from imbvlm.sweep.spec.sweep_spec import AshaConfig, SweepSpec  # noqa: E402
 from imbvlm.sweep.tune.asha_brackets import AshaBrackets  # noqa: E402
@@ -39,9 +43,16 @@ SPACE = {
 }
 
 
-def make_spec(manifest: str, num_trials: int, seed: int) -> SweepSpec:
+def recipes() -> list[Params]:
+    """The learned recipes that the space contains, as the sweeps of the benchmarks begin with."""
+    within = [{key: value for key, value in probe.items() if key in SPACE} for probe in PROBES]
+    losses = SPACE["loss.name"]["choice"]
+    return [{**params, "train.num_epochs": 10} for params in within if params["loss.name"] in losses]
+
+
+def make_spec(manifest: str, num_trials: int, seed: int, first_trials: Sequence[Params] = ()) -> SweepSpec:
     return SweepSpec.from_tree({
-        "name": "beside", "space": {"parameters": SPACE}, "num_trials": num_trials,
+        "name": "beside", "space": {"parameters": SPACE}, "num_trials": num_trials, "first_trials": [*first_trials],
         "base": {"data": {"manifest": manifest}, "encoder": {"name": "made"}, "method": "linear_probe",
                  "train": {"batch_size": 128}},
         "searcher": {"name": "tpe", "seed": seed}})  # fmt: skip
@@ -51,7 +62,8 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     folder, at_once = Path(settings["folder"]), torch.get_num_threads()
     features: FeatureSet = pickle.loads(Path(settings["features"]).read_bytes())
-    spec = make_spec(features.manifest, settings["num_trials"], settings["seed"])
+    first = recipes() if settings["side"] == "recipes" else []
+    spec = make_spec(features.manifest, settings["num_trials"], settings["seed"], first)
     sweep, asha = check_spec(spec), spec.trial_scheduler
     assert isinstance(asha, AshaConfig), "the default stops trials"
     log, _ = made.run_through(

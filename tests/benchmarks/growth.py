@@ -24,6 +24,7 @@ from imbvlm.training.trial_run import build_trial
 SLACK = 1.5
 # Processes that do the same differ by several MB: growth from less than this can't be told from chance.
 LEAST_MEGABYTES = 10
+PACK_SIZE = 32
 
 
 def lines(options: Options) -> Iterator[Line]:
@@ -39,6 +40,11 @@ def lines(options: Options) -> Iterator[Line]:
     measured = {n: apart(_run_through, options.folder / f"through{n}", n, options.device) for n in trials}
     what = "proposed by TPE, run one after another by Ray Tune, recorded, tabled; a linear probe on 200 images each"
     yield from _growth("trials", measured, what)
+    if options.large:
+        measured = {n: apart(_run_packed, options.folder / f"packed{n}", n, options.device) for n in (1_000, 10_000)}
+        yield from _growth("trials", measured, f"the same in packs of {PACK_SIZE}, five epochs each")
+        most, least = measured[10_000][1], measured[1_000][1]
+        yield limited("  10,000 trials: the driver's memory beyond that of 1,000", most - least, "MB", 100)
     measured = {n: apart(_searched, options.folder / f"searched{n}", n) for n in trials}
     yield from _growth("trials", measured, "proposed by TPE, told, recorded, tabled; nothing trained")
 
@@ -109,19 +115,23 @@ def _make(folder: Path, num_rows: int, num_classes: int, num_val: int) -> None:
     (folder / "splits.json").write_text(json.dumps(dict(features.splits)))
 
 
-def _run_through(folder: Path, num_trials: int, device: str) -> float:
+def _run_through(folder: Path, num_trials: int, device: str, num_epochs: int = 1, pack_size: int = 1) -> float:
     features = made.stored_features(folder / "features", 200, num_classes=10)
-    spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": 1}}, device)
+    spec = _spec(num_trials, {"data": {"manifest": features.manifest}, "train": {"num_epochs": num_epochs}}, device)
     sweep, journal = check_spec(spec), folder / "optuna.log"
 
     def searching(budget: Budget) -> StudySearch:
         return StudySearch.open(sweep, [], [], budget, journal=journal)
 
-    log, taken = made.run_through(folder, spec, features, num_trials, searching)
+    log, taken = made.run_through(folder, spec, features, num_trials, searching, pack_size=lambda config: pack_size)
     finished = sum(record.state == "finished" for record in log.of("search"))
     if finished != num_trials:
         raise RuntimeError(f"{finished} of {num_trials} trials were finished")
     return taken
+
+
+def _run_packed(folder: Path, num_trials: int, device: str) -> float:
+    return _run_through(folder, num_trials, device, num_epochs=5, pack_size=PACK_SIZE)
 
 
 def _searched(folder: Path, num_trials: int) -> float:
