@@ -21,8 +21,8 @@ from beside_sweep import make_spec
 from curves import balanced_accuracy
 from record_curves import predict
 from table import Line, Options, shown, times
-from torch import from_numpy
 
+from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.feature_set import FeatureSet
 from imbvlm.features.trial_data import StoredRows, TrialData
 from imbvlm.training.trial_run import build_trial
@@ -66,25 +66,31 @@ def _beside(options: Options, folder: Path, num_classes: int, noise: float) -> I
         trials[side] = _with_truth(trials[side], features, options.device)
     best = max(trial["true"] for of_side in trials.values() for trial in of_side)
     yield shown(f"{num_rows:,} rows, {num_classes} classes, {NUM_TRIALS} trials: best true accuracy", 100 * best)
-    through = {side: _through(of_side, best) for side, of_side in trials.items()}
+    until = {side: through(of_side, best) for side, of_side in trials.items()}
     for ours, side in itertools.product(SWEEPS, SCRIPTS):
         words = f"{ours}, and {SCRIPTS[side]}"
-        if min(through[ours], through[side]) < math.inf:
-            yield times(f"  within {WITHIN} points: {words}", through[ours], through[side], wanted=WANTED)
+        if min(until[ours], until[side]) < math.inf:
+            yield times(f"  within {WITHIN} points: {words}", until[ours], until[side], wanted=WANTED)
         yield times("    all trials of both", seconds[ours], seconds[side])
     for side, of_side in trials.items():
         last = max(of_side, key=lambda trial: trial["seen"])
         yield shown(f"  {side}: its choice lies below by", 100 * (best - last["true"]), "points")
         ends = sorted(trial["end"] for trial in results[side]["trials"])
-        before = sum(end <= through[side] for end in ends)
+        before = sum(end <= until[side] for end in ends)
         yield shown("    its first trial finished after, and trials finished by then", f"{ends[0]:.1f} s, {before}")
 
 
 def _rows_of(features: FeatureSet, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Pooled outputs (N, D) and labels (N,) of a split."""
-    rows = TrialData.open_split(made.trial("linear_probe"), features, split)
-    assert isinstance(rows, StoredRows), "a probe reads stored rows"
+    rows = stored_rows(made.trial("linear_probe"), features, split)
     return rows.batch("pooled", np.arange(len(rows))).numpy(), rows.labels
+
+
+def stored_rows(config: TrialConfig, features: FeatureSet, split: str) -> StoredRows:
+    """The rows of a split that a method on stored features reads."""
+    rows = TrialData.open_split(config, features, split)
+    assert isinstance(rows, StoredRows), "no method here reads images"
+    return rows
 
 
 def _run(script: str, folder: Path, side: str, features: str) -> dict[str, Any]:
@@ -103,29 +109,33 @@ def _run(script: str, folder: Path, side: str, features: str) -> dict[str, Any]:
 
 
 def _with_truth(trials: Trials, features: FeatureSet, device: str) -> Trials:
-    """The trials that were a choice at some time, with the true accuracies of their models, which are trained again."""
-    choices: list[Mapping[str, Any]] = []
-    for trial in sorted(trials, key=lambda trial: trial["end"]):
-        if not choices or trial["seen"] > choices[-1]["seen"]:
-            choices.append(trial)
     spec = make_spec(features.manifest, NUM_TRIALS, 0)
-    return [{**trial, "true": _truth(spec.trial(trial["params"]), features, device)} for trial in choices]
+    return [{**trial, "true": truth(spec.trial(trial["params"]), features, device)} for trial in choices(trials)]
 
 
-def _truth(config: Any, features: FeatureSet, device: str) -> float:
+def choices(trials: Trials) -> Trials:
+    """The trials that were the choice at some time, in the order in which they ended."""
+    chosen: list[Mapping[str, Any]] = []
+    for trial in sorted(trials, key=lambda trial: trial["end"]):
+        if not chosen or trial["seen"] > chosen[-1]["seen"]:
+            chosen.append(trial)
+    return chosen
+
+
+def truth(config: TrialConfig, features: FeatureSet, device: str) -> float:
+    """Balanced accuracy on the stored test split of a configuration, which is trained again."""
     run = build_trial(config, TrialData.open(config, features), device)
     for _ in run.epochs():
         pass
-    inputs, labels = _rows_of(features, "test")
-    return float(balanced_accuracy(predict(run, from_numpy(inputs).float().to(device)) == labels, labels))
+    test = stored_rows(config, features, "test")
+    inputs = test.batch(run.entry.reads, np.arange(len(test))).float().to(device)
+    return float(balanced_accuracy(predict(run, inputs) == test.labels, test.labels))
 
 
-def _through(trials: Trials, best: float) -> float:
+def through(trials: Trials, best: float) -> float:
     """Seconds until the choice is near the best and stays so; infinite if it never is."""
-    since, chosen = math.inf, None
-    for trial in sorted(trials, key=lambda trial: trial["end"]):
-        if chosen is None or trial["seen"] > chosen["seen"]:
-            chosen = trial
-            is_near = 100 * (best - trial["true"]) <= WITHIN
-            since = min(since, trial["end"]) if is_near else math.inf
+    since = math.inf
+    for trial in choices(trials):
+        is_near = 100 * (best - trial["true"]) <= WITHIN
+        since = min(since, trial["end"]) if is_near else math.inf
     return since

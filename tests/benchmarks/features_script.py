@@ -61,6 +61,12 @@ def accuracy(model: Probe, x: Tensor, y: Tensor, num_classes: int) -> float:
 
 def train(params: Params, data: Data, after_epoch: Callable[[int, float], None]) -> tuple[float, float]:
     """Best validation accuracy, and the true accuracy at the end."""
+    best, model = fit(params, data, after_epoch)
+    return best, accuracy(model, data["test_x"], data["test_y"], len(model.weight))
+
+
+def fit(params: Params, data: Data, after_epoch: Callable[[int, float], None]) -> tuple[float, Probe]:
+    """Best validation accuracy, and the trained probe."""
     torch.manual_seed(0)
     x, y = data["train_x"], data["train_y"]
     counts = torch.bincount(y).float()
@@ -81,7 +87,7 @@ def train(params: Params, data: Data, after_epoch: Callable[[int, float], None])
             schedule.step()
         best = max(best, accuracy(model, data["val_x"], data["val_y"], len(counts)))
         after_epoch(epoch, best)
-    return best, accuracy(model, data["test_x"], data["test_y"], len(counts))
+    return best, model
 
 
 def suggest(trial: optuna.Trial) -> Params:

@@ -63,7 +63,7 @@ class Driver:
     ) -> int:
         members = Members(f"{context.folder}/ray", settings)
         searcher, progress = (
-            TuneSearcher(source, members, pack_size, 1, {}),
+            TuneSearcher(source, members, pack_size, {}),
             ProgressCallback(context, members, kind, total, {}),
         )
         for number in itertools.count():

@@ -35,8 +35,8 @@ class TuneSearcher(Unpickled, Searcher):
 
     `pack_size` gives the size of a configuration's pack; None lets each job have a process of its own. The baselines of
     an encoder share a process too, although each trains alone: they take seconds, and Tune would start a process for
-    each of them. Of the search's packs each of `at_once` processes has 1, 2, 4, ... trials: all trials of a pack end
-    late, and users, the sampler and ASHA wait for the first. `resources` are those of a trial's workers. Nothing is
+    each of them. With `at_once`, the number of processes, the search begins with packs of 1, 2, 4, ... trials in each of
+    them, since a pack's first result takes as long as its last. `resources` are those of a trial's workers. Nothing is
     saved: a resumed sweep reads its records.
     """
 
@@ -45,8 +45,8 @@ class TuneSearcher(Unpickled, Searcher):
         source: JobSource,
         members: Members,
         pack_size: Callable[[TrialConfig], int] | None,
-        at_once: int,
         resources: dict[str, float],
+        at_once: int | None = None,
     ) -> None:
         super().__init__(metric="epoch", mode="max")
         self._source, self._members, self._pack_size, self._resources = source, members, pack_size, resources
@@ -58,7 +58,7 @@ class TuneSearcher(Unpickled, Searcher):
             return str(Searcher.FINISHED)
         first = self._waiting[0]
         size = first.size
-        if first.job.kind == "search":
+        if first.job.kind == "search" and self._at_once is not None:
             size = min(size, 2 ** (self._num_search_packs // self._at_once))
             self._num_search_packs += 1
         while first.key is not None and len(self._waiting) < size and self._ask():

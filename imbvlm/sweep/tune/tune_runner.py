@@ -77,8 +77,9 @@ def run_jobs(
                 source,
                 members,
                 pack_size if context.driver == "in_process" else None,
-                context.max_concurrent,
                 resources,
+                # Who sets a size gets it from the first pack on.
+                context.max_concurrent if spec.max_pack_size is None else None,
             ),
             scheduler=timeout,
             num_samples=-1,
