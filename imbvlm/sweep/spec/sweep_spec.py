@@ -153,8 +153,8 @@ class SweepSpec(Section):
     max_pack_size: int | None = Field(
         None,
         ge=1,
-        description="limit of trials that share features, batches and seed and train together; null: by memory, 1, 2, "
-        "4 and so on up to a quarter of num_trials, because the sampler receives their results at once, without "
+        description="limit of trials that share features, batches and seed and train together; null: by memory, 1, 4, "
+        "16 and so on up to a quarter of num_trials, because the sampler receives their results at once, without "
         "decoders on CPUs; 1: each trial alone",
     )
     searcher: SearcherConfig = TpeConfig()

@@ -35,9 +35,9 @@ class TuneSearcher(Unpickled, Searcher):
 
     `pack_size` gives the size of a configuration's pack; None lets each job have a process of its own. The baselines of
     an encoder share a process too, although each trains alone: they take seconds, and Tune would start a process for
-    each of them. With `at_once`, the number of processes, the search begins with packs of 1, 2, 4, ... trials in each of
-    them, since a pack's first result takes as long as its last. `resources` are those of a trial's workers. Nothing is
-    saved: a resumed sweep reads its records.
+    each of them. With `at_once`, the number of processes, each of these begins the search with packs of 1, 4, 16, ...
+    trials, since a pack's first result takes as long as its last. `resources` are those of a trial's workers. Nothing
+    is saved: a resumed sweep reads its records.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TuneSearcher(Unpickled, Searcher):
         first = self._waiting[0]
         size = first.size
         if first.job.kind == "search" and self._at_once is not None:
-            size = min(size, 2 ** (self._num_search_packs // self._at_once))
+            size = min(size, 4 ** (self._num_search_packs // self._at_once))
             self._num_search_packs += 1
         while first.key is not None and len(self._waiting) < size and self._ask():
             pass

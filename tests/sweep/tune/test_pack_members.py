@@ -311,11 +311,11 @@ def test_records_stops_and_values_are_those_of_each_trial_by_itself(
 
 
 def test_a_search_begins_with_small_packs(tmp_path: Path, features: FeatureSet) -> None:
-    """All trials of a pack end at once: in packs of four the first result would take as long as the fourth."""
-    tune = Tune(tmp_path, features, make_spec(24), 4)
-    tune.searcher = TuneSearcher(tune.study, tune.members, lambda config: 4, {}, at_once=2)
+    """All trials of a pack end at once: in packs of six the first result would take as long as the sixth."""
+    tune = Tune(tmp_path, features, make_spec(24), 6)
+    tune.searcher = TuneSearcher(tune.study, tune.members, lambda config: 6, {}, at_once=2)
     tune.run(at_once=2)
-    assert tune.sizes == [1, 1, 2, 2, 4, 4, 4, 4, 2]
+    assert tune.sizes == [1, 1, 4, 4, 6, 6, 2]
 
 
 def test_one_whose_checkpoint_is_damaged_starts_again_and_the_console_and_its_record_say_so(
