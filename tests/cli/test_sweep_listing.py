@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from pty_screen import PtyScreen
 from sweep_folder import OBJECTIVE, write_sweep
+from trial_epochs import set_metrics
 
 from imbvlm.cli import app, sweep_script
 from imbvlm.data.manifest import Manifest
@@ -106,8 +107,7 @@ def test_show_has_the_seeds_that_the_winner_was_chosen_by_and_judges_by_their_me
     value = first.best_value("val/best_balanced_accuracy")
     update = {"trial_id": f"{first.trial_id}-seed1", "kind": "confirm", "name": first.trial_id}
     again = first.model_copy(deep=True, update=update)
-    for epoch in again.epochs:
-        epoch["val/best_balanced_accuracy"] = value - 0.1
+    again.epochs = [{**epoch, "val/best_balanced_accuracy": value - 0.1} for epoch in again.epochs]
     log.save(again)
     shown = imbvlm(capsys, "sweep", "show", str(folder))
     assert f"{100 * value - 5:.1f} ± 7.1" in shown
@@ -197,10 +197,9 @@ def test_compare_has_winners_and_baselines_as_exported_and_says_what_is_not_alik
         folder = write_sweep(tmp_path / name, COUNTS, objective="val/few_shot_accuracy" if name == "b" else OBJECTIVE)
         log = TrialLog.read(str(folder))
         for record in log.of("refit"):
-            epoch = record.epochs[-1]
-            changed = adjusted if record.name == "winner" else epoch["test/balanced_accuracy"]
+            changed = adjusted if record.name == "winner" else record.epochs[-1]["test/balanced_accuracy"]
             if adjusted is not None and record.name != "zero-shot":
-                epoch["test_post_hoc/balanced_accuracy"] = changed
+                set_metrics(record, {"test_post_hoc/balanced_accuracy": changed})
                 log.save(record)
     folders = [str(tmp_path / name) for name in "ab"]
     text = imbvlm(capsys, "compare", *folders)
