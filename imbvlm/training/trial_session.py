@@ -71,14 +71,23 @@ def to_result(reports: Sequence[TrialReport]) -> dict[str, Any]:
     Reports are compressed there: Tune keeps the last result of each process, and its text, while the sweep runs.
     """
     epoch = max((report.epoch for report in reports), default=0)
-    text = json.dumps(list(map(vars, reports)), default=float).encode()
-    packed = base64.b64encode(zlib.compress(text)).decode()
-    return {"reports": packed, "epoch": epoch, "done": all(report.is_last for report in reports)}
+    text = compress(json.dumps(list(map(vars, reports)), default=float).encode())
+    return {"reports": text, "epoch": epoch, "done": all(report.is_last for report in reports)}
 
 
 def from_result(result: Mapping[str, Any]) -> list[TrialReport]:
     """The reports of a result."""
-    return [TrialReport(**report) for report in json.loads(zlib.decompress(base64.b64decode(result["reports"])))]
+    return [TrialReport(**report) for report in json.loads(decompress(result["reports"]))]
+
+
+def compress(content: bytes) -> str:
+    """Compressed content as text, since Ray Tune keeps JSON."""
+    return base64.b64encode(zlib.compress(content)).decode()
+
+
+def decompress(text: str) -> bytes:
+    """The inverse of `compress`."""
+    return zlib.decompress(base64.b64decode(text))
 
 
 # A trial that trains with a pack reports this when it has joined, before its first epoch.

@@ -19,12 +19,12 @@ import made
 import numpy as np
 from beside_sweep import make_spec
 from curves import balanced_accuracy
-from record_curves import predict
+from record_curves import predict, stored_rows
 from table import Line, Options, shown, times
 
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.features.feature_set import FeatureSet
-from imbvlm.features.trial_data import StoredRows, TrialData
+from imbvlm.features.trial_data import TrialData
 from imbvlm.training.trial_run import build_trial
 
 NUM_ROWS, WIDTH, NUM_VAL, NUM_TRUE, NUM_TRIALS = 50_000, 512, 500, 5_000, 64
@@ -57,9 +57,11 @@ def _beside(options: Options, folder: Path, num_classes: int, noise: float) -> I
         arrays[f"{split}_x"], arrays[f"{split}_y"] = _rows_of(features, split)
     np.savez(folder / "features.npz", **arrays)
     (folder / "features.pickle").write_bytes(pickle.dumps(features))
-    results = {side: _run("beside_sweep", folder, side, "features.pickle") for side in SWEEPS}
-    for side in SCRIPTS:
-        results[side] = _run("features_script", folder, side, "features.npz")
+    results = dict[str, dict[str, Any]]()
+    for side in (*SWEEPS, *SCRIPTS):
+        script, file = ("beside_sweep", "features.pickle") if side in SWEEPS else ("features_script", "features.npz")
+        settings = {"side": side, "features": str(folder / file), "num_trials": NUM_TRIALS}
+        results[side] = run_side(script, folder / side, settings)
     seconds = {side: result["seconds"] for side, result in results.items()}
     trials: dict[str, Trials] = {side: result["trials"] for side, result in results.items()}
     for side in SWEEPS:
@@ -86,22 +88,11 @@ def _rows_of(features: FeatureSet, split: str) -> tuple[np.ndarray, np.ndarray]:
     return rows.batch("pooled", np.arange(len(rows))).numpy(), rows.labels
 
 
-def stored_rows(config: TrialConfig, features: FeatureSet, split: str) -> StoredRows:
-    """The rows of a split that a method on stored features reads."""
-    rows = TrialData.open_split(config, features, split)
-    assert isinstance(rows, StoredRows), "no method here reads images"
-    return rows
-
-
-def _run(script: str, folder: Path, side: str, features: str) -> dict[str, Any]:
-    own = folder / side
-    own.mkdir()
-    file, out = own / "settings.json", own / "out.json"
-    content = {
-        "side": side, "features": str(folder / features), "folder": str(own), "out": str(out),
-        "num_trials": NUM_TRIALS, "seed": 0,
-    }  # fmt: skip
-    file.write_text(json.dumps(content))
+def run_side(script: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a script of this folder writes, which runs in a process and a new folder of its own."""
+    folder.mkdir()
+    file, out = folder / "settings.json", folder / "out.json"
+    file.write_text(json.dumps({**settings, "folder": str(folder), "out": str(out), "seed": 0}))
     subprocess.run(
         [sys.executable, str(Path(__file__).with_name(f"{script}.py")), str(file)], check=True, capture_output=True
     )

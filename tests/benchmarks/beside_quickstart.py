@@ -8,8 +8,6 @@ who is through when, are those of `beside`.
 """
 
 import argparse
-import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from beside import Trials, choices, through, truth
-from PIL import Image
+from beside import Trials, choices, run_side, through, truth
 from record_curves import fashion_images
 from tiny_images import extraction_in_this_process
 
@@ -41,49 +38,33 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path, default=Path("/"))
     with tempfile.TemporaryDirectory(prefix="imbvlm-beside-") as home:
         folder = Path(home)
-        manifest = write_manifest(folder / "photos.parquet", parser.parse_args().fashion)
-        sides = {"script": run_script(folder, manifest), "sweep": run_sweep(folder, manifest)}
+        manifest = folder / "photos.parquet"
+        write_manifest(manifest, parser.parse_args().fashion)
+        settings = {"manifest": str(manifest), "encoder": str(encoder_path(ENCODER)), "num_trials": NUM_TRIALS}
+        script: Trials = run_side("quickstart_script", folder / "script", settings)["trials"]
+        sides = {"script": script, "sweep": run_sweep(folder, manifest)}
     best = max(trial["true"] for trials in sides.values() for trial in trials)
     print(f"best true accuracy {100 * best:.1f}")
     for side, trials in sides.items():
         last = max(trials, key=lambda trial: trial["seen"])
         print(
             f"{side}: within 0.5 points of it after {through(trials, best):.1f} s, first trial after "
-            f"{min(trial['end'] for trial in trials):.1f} s, last after {max(trial['end'] for trial in trials):.1f} s; "
-            f"its choice is {100 * last['true']:.1f}"
+            f"{min(trial['end'] for trial in trials):.1f} s, last change of its choice after {last['end']:.1f} s; its "
+            f"choice is {100 * last['true']:.1f}"
         )
 
 
-def write_manifest(path: Path, fashion: Path) -> Path:
+def write_manifest(path: Path, fashion: Path) -> None:
     """The quickstart's manifest with other test images."""
     shipped = Manifest.read("embedded:fashion_mnist_lt")
-    rows = np.concatenate([shipped.rows_of("train"), shipped.rows_of("val")])
-    table = shipped.table.take(pa.array(rows))
-    splits = ["train"] * len(shipped.rows_of("train")) + ["val"] * len(shipped.rows_of("val"))
-    used = {pixels(content) for content in table.column("bytes").to_pylist()}
-    contents, labels = table.column("bytes").to_pylist(), table.column("label").to_pylist()
-    for label, images in enumerate(fashion_images(fashion)):
-        own = [image() for image in images[-2 * NUM_TRUE_PER_CLASS :]]
-        own = [content for content in own if pixels(content) not in used][:NUM_TRUE_PER_CLASS]
-        contents, labels, splits = contents + own, labels + [label] * len(own), splits + ["test"] * len(own)
-    columns = {"bytes": contents, "label": np.array(labels, dtype=np.int32), "split": splits}
+    table = shipped.table.take(pa.array(np.concatenate([shipped.rows_of("train"), shipped.rows_of("val")])))
+    columns = {name: table.column(name).to_pylist() for name in ("bytes", "label", "split")}
+    for label, images in enumerate(fashion_images(fashion, without=("train", "val", "test"))):
+        columns["bytes"] += [image() for image in images[-NUM_TRUE_PER_CLASS:]]
+        columns["label"] += [label] * NUM_TRUE_PER_CLASS
+        columns["split"] += ["test"] * NUM_TRUE_PER_CLASS
+    columns["label"] = np.array(columns["label"], dtype=np.int32)
     Manifest.build(pa.table(columns), shipped.class_names, "fashion").write(str(path))
-    return path
-
-
-def pixels(content: bytes) -> bytes:
-    """An image's pixels, however it is compressed."""
-    return np.asarray(Image.open(io.BytesIO(content))).tobytes()
-
-
-def run_script(folder: Path, manifest: Path) -> Trials:
-    settings, out = folder / "settings.json", folder / "out.json"
-    content = {"manifest": str(manifest), "encoder": str(encoder_path(ENCODER)), "num_trials": NUM_TRIALS, "seed": 0}
-    settings.write_text(json.dumps({**content, "out": str(out)}))
-    script = Path(__file__).with_name("quickstart_script.py")
-    subprocess.run([sys.executable, str(script), str(settings)], check=True)
-    trials: Trials = json.loads(out.read_text())["trials"]
-    return trials
 
 
 def run_sweep(folder: Path, manifest: Path) -> Trials:

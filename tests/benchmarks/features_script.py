@@ -52,7 +52,8 @@ def loss_of(params: Params, counts: Tensor) -> Callable[[Tensor, Tensor], Tensor
     return loss
 
 
-def accuracy(model: Probe, x: Tensor, y: Tensor, num_classes: int) -> float:
+def accuracy(model: Probe, x: Tensor, y: Tensor) -> float:
+    num_classes = len(model.weight)
     with torch.inference_mode():
         right = (model(x).argmax(1) == y).float()
     of_class = torch.zeros(num_classes).index_add_(0, y, right) / torch.bincount(y, minlength=num_classes)
@@ -62,7 +63,7 @@ def accuracy(model: Probe, x: Tensor, y: Tensor, num_classes: int) -> float:
 def train(params: Params, data: Data, after_epoch: Callable[[int, float], None]) -> tuple[float, float]:
     """Best validation accuracy, and the true accuracy at the end."""
     best, model = fit(params, data, after_epoch)
-    return best, accuracy(model, data["test_x"], data["test_y"], len(model.weight))
+    return best, accuracy(model, data["test_x"], data["test_y"])
 
 
 def fit(params: Params, data: Data, after_epoch: Callable[[int, float], None]) -> tuple[float, Probe]:
@@ -85,12 +86,13 @@ def fit(params: Params, data: Data, after_epoch: Callable[[int, float], None]) -
             loss_function(model(x[rows]), y[rows]).backward()
             optimizer.step()
             schedule.step()
-        best = max(best, accuracy(model, data["val_x"], data["val_y"], len(counts)))
+        best = max(best, accuracy(model, data["val_x"], data["val_y"]))
         after_epoch(epoch, best)
     return best, model
 
 
-def suggest(trial: optuna.Trial) -> Params:
+def suggest_head(trial: optuna.Trial) -> Params:
+    """All but the optimizer's parameters and the length."""
     params: Params = {"loss": trial.suggest_categorical(
         "loss", ["cross_entropy", "focal", "balanced_softmax", "logit_adjustment"])}  # fmt: skip
     if params["loss"] == "focal":
@@ -100,6 +102,11 @@ def suggest(trial: optuna.Trial) -> Params:
     if trial.suggest_categorical("kind", ["linear", "cosine"]) == "cosine":
         params["temperature"] = trial.suggest_float("temperature", 0.015, 0.08, log=True)
     params["sampling"] = trial.suggest_categorical("sampling", ["instance_balanced", "square_root"])
+    return params
+
+
+def suggest(trial: optuna.Trial) -> Params:
+    params = suggest_head(trial)
     params["lr"] = trial.suggest_float("lr", 2e-3, 0.5, log=True)
     params["weight_decay"] = trial.suggest_float("weight_decay", 1e-5, 2e-3, log=True)
     params["num_epochs"] = trial.suggest_categorical("num_epochs", [5, 10])
@@ -127,15 +134,22 @@ def load(path: str) -> Data:
         }
 
 
-def by_optuna(settings: dict[str, Any], data: Data, add: Callable[[float, float], None]) -> None:
+def search(
+    settings: dict[str, Any],
+    data: Data,
+    suggest: Callable[[optuna.Trial], Params],
+    add: Callable[[float, Probe], None],
+) -> None:
+    """Search by Optuna; `add` gets the validation accuracy and the probe of each trial that is not pruned."""
+
     def objective(trial: optuna.Trial) -> float:
         def after_epoch(epoch: int, best: float) -> None:
             trial.report(best, epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        seen, true = train(suggest(trial), data, after_epoch)
-        add(seen, true)
+        seen, probe = fit(suggest(trial), data, after_epoch)
+        add(seen, probe)
         return seen
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -183,7 +197,7 @@ def main() -> None:
         trials.append({"end": (ended or time.time()) - BEGIN, "seen": seen, "true": true})
 
     if settings["side"] == "optuna":
-        by_optuna(settings, data, add)
+        search(settings, data, suggest, lambda seen, probe: add(seen, accuracy(probe, data["test_x"], data["test_y"])))
     elif settings["side"] == "grid":
         for params in grid():
             add(*train(params, data, lambda epoch, best: None))

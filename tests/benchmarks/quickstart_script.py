@@ -20,7 +20,7 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.compute as pc  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
-from features_script import Params, Probe, accuracy, fit  # noqa: E402
+from features_script import Params, Probe, accuracy, search, suggest_head  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
@@ -42,38 +42,27 @@ class Images(Dataset):  # type: ignore[type-arg]
 
 
 def compute(model: torch.nn.Module, table: pa.Table, transform: v2.Transform) -> tuple[Tensor, Tensor]:
-    features, labels = [], []
-    with torch.inference_mode():
-        for pixels, of_batch in DataLoader(Images(table, transform), batch_size=64, num_workers=1):
-            features.append(
-                model.visual.trunk.forward_head(model.visual.trunk.forward_features(pixels), pre_logits=True)
-            )
+    trunk, features, labels = model.visual.trunk, list[Tensor](), list[Tensor]()
+    with torch.no_grad():
+        for batch, of_batch in DataLoader(Images(table, transform), batch_size=64, num_workers=1):
+            features.append(trunk.forward_head(trunk.forward_features(batch), pre_logits=True))
             labels.append(of_batch)
-    return torch.cat(features).clone(), torch.cat(labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 def suggest(trial: optuna.Trial) -> Params:
-    params: Params = {"loss": trial.suggest_categorical(
-        "loss", ["cross_entropy", "focal", "balanced_softmax", "logit_adjustment"])}  # fmt: skip
-    if params["loss"] == "focal":
-        params["gamma"] = trial.suggest_float("gamma", 0.5, 3.0)
-    if params["loss"] == "logit_adjustment":
-        params["tau"] = trial.suggest_float("tau", 0.5, 1.5)
-    if trial.suggest_categorical("kind", ["linear", "cosine"]) == "cosine":
-        params["temperature"] = trial.suggest_float("temperature", 0.015, 0.08, log=True)
-    params["sampling"] = trial.suggest_categorical("sampling", ["instance_balanced", "square_root"])
-    params["lr"] = trial.suggest_float("lr", 0.02, 0.5, log=True)
-    return {**params, "weight_decay": 5e-4, "num_epochs": NUM_EPOCHS}
+    lr = trial.suggest_float("lr", 0.02, 0.5, log=True)
+    return {**suggest_head(trial), "lr": lr, "weight_decay": 5e-4, "num_epochs": NUM_EPOCHS}
 
 
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     table = pq.read_table(settings["manifest"])
     model = open_clip.create_model(f"local-dir:{settings['encoder']}").eval()
-    mean, std = open_clip.get_model_preprocess_cfg(model)["mean"], open_clip.get_model_preprocess_cfg(model)["std"]
+    preprocess = open_clip.get_model_preprocess_cfg(model)
     transform = v2.Compose([
         v2.Resize((SIZE, SIZE), interpolation=v2.InterpolationMode.BICUBIC), v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std),
+        v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"]),
     ])  # fmt: skip
 
     def of_split(name: str) -> tuple[Tensor, Tensor]:
@@ -82,26 +71,17 @@ def main() -> None:
     data = dict[str, Tensor]()
     for split in ("train", "val"):
         data[f"{split}_x"], data[f"{split}_y"] = of_split(split)
-    trials, probes = [], list[Probe]()
+    trials, probes = list[dict[str, float]](), list[Probe]()
 
-    def objective(trial: optuna.Trial) -> float:
-        def after_epoch(epoch: int, best: float) -> None:
-            trial.report(best, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        seen, probe = fit(suggest(trial), data, after_epoch)
+    def add(seen: float, probe: Probe) -> None:
         trials.append({"end": time.time() - BEGIN, "seen": seen})
         probes.append(probe)
-        return seen
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings["seed"]))
-    study.optimize(objective, n_trials=settings["num_trials"])
+    search(settings, data, suggest, add)
     seconds = time.time() - BEGIN
     x, y = of_split("test")
     for trial, probe in zip(trials, probes, strict=True):
-        trial["true"] = accuracy(probe, x, y, int(y.max()) + 1)
+        trial["true"] = accuracy(probe, x, y)
     Path(settings["out"]).write_text(json.dumps({"trials": trials, "seconds": seconds}))
 
 

@@ -111,15 +111,16 @@ def split_labels(plan: Plan, seed: int) -> dict[str, Array]:
     return {"train": train, "val": even_labels(plan.num_classes, plan.num_classes), "test": test}
 
 
-def fashion_images(source: Path) -> list[Images]:
-    """Fashion-MNIST's images by class, none of the shipped test split."""
+def fashion_images(source: Path, without: Sequence[str] = ("test",)) -> list[Images]:
+    """Fashion-MNIST's images by class, none of these shipped splits."""
     folder_of = source / FASHION_FOLDER
     images, classes = (
         np.concatenate([read_idx(folder_of / f"{part}-{kind}-ubyte.gz") for part in ("train", "t10k")])
         for kind in ("images-idx3", "labels-idx1")
     )
     shipped = Manifest.read("embedded:fashion_mnist_lt")
-    contents = shipped.table.column("bytes").take(pa.array(shipped.rows_of("test"))).to_pylist()
+    rows = np.concatenate([shipped.rows_of(split) for split in without])
+    contents = shipped.table.column("bytes").take(pa.array(rows)).to_pylist()
     excluded = {np.asarray(Image.open(io.BytesIO(content))).tobytes() for content in contents}
     usable = np.array([image.tobytes() not in excluded for image in images])
     return [
@@ -227,8 +228,7 @@ def record(plan: Plan, features: FeatureSet, params: Sequence[Params]) -> Table:
     configs = [to_table(spec.trial(each), features.manifest, plan) for each in params]
     lengths = np.array([build_length(config) for config in configs])
     epochs = np.ceil(np.outer(lengths, FRACTIONS) - 1e-9).astype(int)
-    test = TrialData.open_split(configs[0], features, "test")
-    assert isinstance(test, StoredRows), "no method of the tables reads images"
+    test = stored_rows(configs[0], features, "test")
     right = np.zeros((*epochs.shape, len(test.labels)), dtype=bool)
     seconds = np.zeros(len(configs))
     for indices in packs_of(configs):
@@ -246,6 +246,13 @@ def record(plan: Plan, features: FeatureSet, params: Sequence[Params]) -> Table:
     pool, true = np.arange(NUM_POOL), np.arange(NUM_POOL, len(test.labels))
     truth = balanced_accuracy(right[..., true], test.labels[true])
     return Table(plan.family, plan.space, tuple(params), epochs, test.labels[pool], right[..., pool], truth, seconds)
+
+
+def stored_rows(config: TrialConfig, features: FeatureSet, split: str) -> StoredRows:
+    """The rows of a split that a method on stored features reads."""
+    rows = TrialData.open_split(config, features, split)
+    assert isinstance(rows, StoredRows), "no method of the tables reads images"
+    return rows
 
 
 def build_length(config: TrialConfig) -> int:

@@ -33,7 +33,8 @@ DELIVERED, BLEND = "delivered", "blend"
 SPEC_FILE = "sweep.yaml"
 SELECTION_FILE = "selection.json"
 CHECKPOINTS_FOLDER = "checkpoints"
-NUM_SHARED = 8
+# Sections of one name that records share: a search has few of most names, and one for each trial of the others.
+MAX_SHARED_SECTIONS = 8
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 
 
@@ -189,7 +190,7 @@ class TrialLog:
         # None before validation has selected, and where the objective selects.
         self.selected: Selected | None = None
         self.records: dict[str, TrialRecord] = {}
-        # By a section's name and its JSON text, the latest NUM_SHARED of each.
+        # By a section's name and its JSON text, the latest MAX_SHARED_SECTIONS of each.
         self._sections: dict[str, dict[str, Any]] = {}
         self._places: dict[tuple[str, ...], Mapping[str, int]] = {}
 
@@ -237,7 +238,7 @@ class TrialLog:
         """An equal section of an earlier record; most trials differ in few of them."""
         latest, text = self._sections.setdefault(key, {}), json.dumps(section)
         if text not in latest:
-            if len(latest) == NUM_SHARED:
+            if len(latest) == MAX_SHARED_SECTIONS:
                 del latest[next(iter(latest))]
             latest[text] = section
         return latest[text]

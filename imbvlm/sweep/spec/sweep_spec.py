@@ -153,9 +153,9 @@ class SweepSpec(Section):
     max_pack_size: int | None = Field(
         None,
         ge=1,
-        description="limit of trials that share features, batches and seed and train together; null: by memory, 1, 4, "
-        "16 and so on up to a quarter of num_trials, because the sampler receives their results at once, without "
-        "decoders on CPUs; 1: each trial alone",
+        description="limit of trials that share features, batches and seed and train together; null: as many as fit "
+        "into memory, at first 1, 4, 16 and so on, at most a quarter of num_trials, because the sampler receives "
+        "their results at once, and each decoder alone on CPUs; 1: each trial alone",
     )
     searcher: SearcherConfig = TpeConfig()
     trial_scheduler: TrialSchedulerConfig = AshaConfig()

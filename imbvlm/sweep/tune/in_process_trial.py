@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import pickle
-import zlib
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,8 @@ from imbvlm.training.trial_session import (
     TrialReport,
     TrialSession,
     TrialSettings,
+    compress,
+    decompress,
     default_device,
     to_result,
 )
@@ -37,12 +37,12 @@ class PackPayload:
 
     def encode(self) -> str:
         """Compress the payload, since Tune keeps a copy of a trial's configuration in each report."""
-        return base64.b85encode(zlib.compress(pickle.dumps(self))).decode()
+        return compress(pickle.dumps(self))
 
     @staticmethod
     def decode(text: str) -> PackPayload:
         """The inverse of `encode`."""
-        payload: PackPayload = pickle.loads(zlib.decompress(base64.b85decode(text)))
+        payload: PackPayload = pickle.loads(decompress(text))
         return payload
 
 

@@ -20,6 +20,10 @@ from imbvlm.sweep.tune.unpickled import Unpickled
 from imbvlm.training.trial_pack import pack_key
 from imbvlm.training.trial_session import from_result
 
+# How much larger a process's next pack may be while a search begins. On a CPU two probes together take as long as one
+# after the other, and four half as long (tests/benchmarks/RESULTS.md).
+PACK_GROWTH = 4
+
 
 @dataclass(frozen=True)
 class _Waiting:
@@ -59,7 +63,7 @@ class TuneSearcher(Unpickled, Searcher):
         first = self._waiting[0]
         size = first.size
         if first.job.kind == "search" and self._at_once is not None:
-            size = min(size, 4 ** (self._num_search_packs // self._at_once))
+            size = min(size, PACK_GROWTH ** (self._num_search_packs // self._at_once))
             self._num_search_packs += 1
         while first.key is not None and len(self._waiting) < size and self._ask():
             pass
