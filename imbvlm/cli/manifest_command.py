@@ -244,7 +244,7 @@ def build(
         manifest = with_groups(manifest, manifest.table.column("group").to_pylist(), f"--group-by {group_by}")
     if group_from is not None:
         below = folders or root or (tables[0].rpartition("/")[0] if table else "")
-        manifest = with_groups(manifest, read_groups(manifest, group_from, below), f"--group-from {group_from}")
+        manifest = read_groups(manifest, group_from, below)
     if test_share is not None or old is not None or "val" not in manifest.splits:
         # Test and validation rows are sampled from training images, and duplicates must stay in one split.
         manifest = mark_duplicates(manifest)

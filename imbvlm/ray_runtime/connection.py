@@ -13,10 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import ray
+from ray.util.state import list_jobs
+from ray.util.state.exception import RayStateApiException
 
 from imbvlm.base import interrupts
 from imbvlm.base.console import LAST_WORD, LastWord
 from imbvlm.base.errors import ImbvlmError
+from imbvlm.base.formatting import pluralize
 from imbvlm.base.plugins import active_plugins, call_with
 from imbvlm.ray_runtime.capacity_notice import ended_when
 from imbvlm.ray_runtime.cluster_resources import Cluster, connected_cluster
@@ -44,6 +47,7 @@ _ANSWER_SECONDS = 5.0
 # Ray tries for a minute to reach a lost head, where another may be started, and then ends this process.
 _HEAD_SECONDS, _HEAD_LOOK_SECONDS = 45.0, 5.0
 _ASKED_SECONDS = 15.0
+_OTHERS_SECONDS = 1.0
 # Ray's names of the processes that a cluster needs.
 _VITAL = ("raylet", "gcs_server")
 
@@ -53,6 +57,8 @@ Result = TypeVar("Result")
 @contextmanager
 def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
     """Within, Ray is connected; a cluster that this process started is stopped afterwards.
+
+    Without an error it is stopped only when the commands that have joined it have ended; Ctrl-C stops it at once.
 
     If the cluster is lost meanwhile, the process ends with code 1 and a last sentence, by default on standard error.
     Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer or denies access, or none of several.
@@ -65,10 +71,10 @@ def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Without it Ray warns at each start about a changed default of its accelerator detection.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address, watch = _address_that_answers(), _Watch()
+    address, watch, words = _address_that_answers(), _Watch(), last_word or LAST_WORD.get()
     try:
         # Ray may end this process without a message while it connects, too.
-        with ended_when(watch.lost, last_word or LAST_WORD.get()):
+        with ended_when(watch.lost, words):
             if address is None:
                 _start_here()
             else:
@@ -77,10 +83,40 @@ def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
             # Ray may have swallowed a signal meanwhile.
             interrupts.check()
             yield connected_cluster()
+            if address is None:
+                _wait_for_others(words)
     finally:
         # Ray's processes may have had a SIGTERM, too, and end by themselves; without them shutdown would hang.
         if (signals := interrupts.current()) is None or signals.received is not signal.SIGTERM:
             ray.shutdown()
+
+
+def _wait_for_others(words: LastWord) -> None:
+    """Wait while other drivers use the cluster, until Ctrl-C: it would take their work with it."""
+    num_told = 0
+    try:
+        while num_others := _num_other_drivers():
+            if num_others > num_told:
+                others = pluralize(num_others, "other command")
+                words.print(f"all done; Ray stays for {others} on this machine, and Ctrl-C ends it with them")
+                num_told = num_others
+            interrupts.sleep(_OTHERS_SECONDS)
+    except KeyboardInterrupt:
+        signals = interrupts.current()
+        if signals is None or signals.received is signal.SIGTERM:
+            raise
+        # This command's own work is done.
+        signals.forget()
+
+
+def _num_other_drivers() -> int:
+    """Programs beside this one that are connected to the cluster; 0 where the dashboard doesn't answer."""
+    own = ray.get_runtime_context().get_job_id()
+    try:
+        jobs = list_jobs()
+    except RayStateApiException:
+        return 0
+    return sum(job.job_id != own and job.status == "RUNNING" for job in jobs)
 
 
 class _Watch:

@@ -86,6 +86,68 @@ def test_a_running_cluster_is_joined_and_of_two_the_one_that_is_named(tmp_path: 
         assert "no cluster answers there" in taken(there, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
 
 
+STARTS = """
+import os, time
+from imbvlm.base import interrupts
+from imbvlm.ray_runtime.connection import ray_session
+
+with interrupts.handled(), ray_session() as cluster:
+    print("connected", cluster.is_own, os.getpid(), flush=True)
+    time.sleep(6)
+print("through", flush=True)
+"""
+STAYS = "imbvlm: all done; Ray stays for 1 other command on this machine"
+JOINS = """
+import time, ray
+from imbvlm.ray_runtime.connection import ray_session
+
+def add(number):
+    return number + 1
+
+with ray_session() as cluster:
+    print("connected", cluster.is_own, flush=True)
+    for number in range({seconds}):
+        time.sleep(1)
+        assert ray.get(ray.remote(add).remote(number)) == number + 1
+print("through", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_of_two_commands_at_once_the_first_stays_until_the_second_that_has_joined_it_ends(tmp_path: Path) -> None:
+    """Two sweeps in two terminals: the second one's work was lost when the first was through."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+
+    def start(there: Apart, program: str) -> subprocess.Popen[str]:
+        words = there.command(sys.executable, "-c", program)
+        return subprocess.Popen(
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    with apart_with_ray(tmp_path) as there:
+        with start(there, STARTS) as first:
+            assert first.stdout is not None
+            assert first.stdout.readline().startswith("connected True ")
+            with start(there, JOINS.format(seconds=12)) as second:
+                assert second.communicate()[0] == "connected False\nthrough\n"
+            shown, told = first.communicate()
+        assert (first.returncode, second.returncode, shown) == (0, 0, "through\n")
+        assert STAYS in told
+
+        with start(there, STARTS) as first:
+            assert first.stdout is not None
+            assert first.stderr is not None
+            *_, inside = first.stdout.readline().split()
+            with start(there, JOINS.format(seconds=300)) as second:
+                while STAYS not in (line := first.stderr.readline()):
+                    assert line, "the first one has ended"
+                there.run("kill", "-INT", inside)
+                first.communicate()
+                second.communicate()
+        assert (first.returncode, second.returncode) == (0, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_cluster_that_starts_beside_a_sweep_keeps_neither_its_cpus_nor_its_cleaners(tmp_path: Path) -> None:

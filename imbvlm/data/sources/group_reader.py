@@ -22,6 +22,7 @@ from imbvlm.data.manifest_schema import SCHEMA, with_column
 
 _EXIF = "exif:"
 _NO_FIELD = "Their EXIF data lack it or can't be read: take groups from the paths or a table."
+_NO_GROUP = "Give another column or expression."
 # How tables write that there is no value.
 _NO_VALUES = frozenset(("nan", "none", "null", "na", "n/a"))
 _THREADS = 16
@@ -43,10 +44,11 @@ def _day(fields: Mapping[int, Any]) -> str:
 EXIF_FIELDS: Mapping[str, Callable[[Mapping[int, Any]], str]] = {"serial": _serial, "day": _day}
 
 
-def with_groups(manifest: Manifest, names: Sequence[str | None], option: str) -> Manifest:
+def with_groups(manifest: Manifest, names: Sequence[str | None], option: str, fix: str = _NO_GROUP) -> Manifest:
     """The manifest with a group for each row; a blank name is none, and the row then is a group of its own.
 
-    `option` is what the user wrote. Raises ImbvlmError where no row has a group, or all have the same.
+    `option` is what the user wrote, and `fix` what to do where no row has a group. Raises ImbvlmError for that, and
+    where all have the same.
     """
     groups = [name.strip() or None if name else None for name in names]
     num_images = Counter(group for group in groups if group is not None)
@@ -54,7 +56,7 @@ def with_groups(manifest: Manifest, names: Sequence[str | None], option: str) ->
         uri = next(filter(None, manifest.table.column("uri").to_pylist()), "without a path")
         raise ImbvlmError(
             f"{option} must name the groups of images, and names none of {pluralize(len(groups), 'image')}, such as "
-            f"{uri}. {_NO_FIELD if _EXIF in option else 'Give another column or expression.'}"
+            f"{uri}. {fix}"
         )
     if len(num_images) == 1:
         raise ImbvlmError(
@@ -77,14 +79,19 @@ def with_groups(manifest: Manifest, names: Sequence[str | None], option: str) ->
     return replace(manifest, table=with_column(manifest.table, "group", column), notes=(*manifest.notes, *notes))
 
 
-def read_groups(manifest: Manifest, source: str, root: str) -> list[str | None]:
-    """The group of each row by `exif:serial`, `exif:day`, or a regular expression of paths below `root`.
+def read_groups(manifest: Manifest, source: str, root: str) -> Manifest:
+    """The manifest with the group of each row by `exif:serial`, `exif:day`, or a regular expression of paths.
 
-    A group's name is what the expression's parentheses capture, joined by slashes. Raises ImbvlmError for a wrong
-    source, StorageError where a store doesn't answer.
+    The paths begin below `root`. A group's name is what the expression's parentheses capture, joined by slashes.
+    Raises ImbvlmError for a wrong source and as `with_groups`, StorageError where a store doesn't answer.
     """
+    option = f"--group-from {source}"
     if source.startswith(_EXIF):
-        return _from_exif(manifest, source.removeprefix(_EXIF))
+        return with_groups(manifest, _from_exif(manifest, source.removeprefix(_EXIF)), option, _NO_FIELD)
+    return with_groups(manifest, _from_paths(manifest, source, root), option)
+
+
+def _from_paths(manifest: Manifest, source: str, root: str) -> list[str | None]:
     try:
         pattern = re.compile(source)
     except (re.error, OverflowError, RecursionError) as error:

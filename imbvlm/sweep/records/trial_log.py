@@ -39,7 +39,7 @@ ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 
 
 class EpochMetrics(Mapping[str, float]):
-    """An epoch's metrics as numbers in a row, which take a fifth of a dict's memory.
+    """An epoch's metrics as numbers in a row, which take a third of a dict's memory.
 
     Epochs with equal names share `places`, a name's place in the row.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +15,18 @@ from imbvlm.base.schema import flatten
 from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 
 RESULTS_FILE = "results.parquet"
+# Python's objects for thousands of trials at once would take more memory than their records.
+ROWS_AT_ONCE = 512
+_UNCHANGED: Mapping[type, pa.DataType] = {int: pa.int64(), bool: pa.bool_(), str: pa.string()}
 
 
 def write_results_table(log: TrialLog) -> str:
     """Write results.parquet into the sweep's folder, one row per trial, and return its location."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(results_table(list(log.records.values())), sink)
+    parts, sink = _parts(list(log.records.values())), pa.BufferOutputStream()
+    first = next(parts)
+    with pq.ParquetWriter(sink, first.schema) as writer:
+        for part in chain([first], parts):
+            writer.write_table(part)
     uri = storage.join(log.folder, RESULTS_FILE)
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
     return uri
@@ -27,7 +34,22 @@ def write_results_table(log: TrialLog) -> str:
 
 def results_table(records: Sequence[TrialRecord]) -> pa.Table:
     """One row per trial: identity, state, times, all keys (`config.*`), metrics of the last epoch and of all epochs."""
+    return pa.concat_tables(_parts(records))
+
+
+def _parts(records: Sequence[TrialRecord]) -> Iterator[pa.Table]:
+    """The table in parts of `ROWS_AT_ONCE` rows, an empty one without trials."""
     rows = sorted(records, key=lambda record: (record.kind != "baseline", record.kind == "refit", record.trial_id))
+    kinds, metrics = dict[str, set[type]](), set[str]()
+    for row in rows:
+        for key, value in flatten(row.config).items():
+            kinds.setdefault(key, set()).update([] if value is None else [type(value)])
+        metrics.update(*row.epochs[-1:])
+    for start in range(0, max(1, len(rows)), ROWS_AT_ONCE):
+        yield _part(rows[start : start + ROWS_AT_ONCE], kinds, sorted(metrics))
+
+
+def _part(rows: Sequence[TrialRecord], kinds: Mapping[str, Set[type]], metrics: Sequence[str]) -> pa.Table:
     columns: dict[str, pa.Array] = {
         "trial_id": pa.array([row.trial_id for row in rows], pa.string()),
         "kind": pa.array([row.kind for row in rows], pa.string()),
@@ -44,10 +66,10 @@ def results_table(records: Sequence[TrialRecord]) -> pa.Table:
         "config": pa.array([json.dumps(row.config) for row in rows], pa.string()),
     }
     flats = [flatten(row.config) for row in rows]
-    for key in dict.fromkeys(key for config in flats for key in config):
-        columns[f"config.{key}"] = _typed([config.get(key) for config in flats])
+    for key, types in kinds.items():
+        columns[f"config.{key}"] = _column([config.get(key) for config in flats], types)
     last = [row.epochs[-1] if row.epochs else {} for row in rows]
-    for key in sorted({key for epoch in last for key in epoch}):
+    for key in metrics:
         columns[key] = pa.array([epoch.get(key) for epoch in last], pa.float64())
     columns["epochs"] = pa.array(
         [[list(epoch.items()) for epoch in row.epochs] for row in rows], pa.list_(pa.map_(pa.string(), pa.float64()))
@@ -55,11 +77,10 @@ def results_table(records: Sequence[TrialRecord]) -> pa.Table:
     return pa.table(columns)
 
 
-def _typed(values: list[Any]) -> pa.Array:
-    """A column of one type: numbers, texts or booleans unchanged, a mixture as JSON."""
-    kinds = {type(value) for value in values if value is not None}
-    if len(kinds) <= 1 and kinds <= {int, bool, str}:
-        return pa.array(values)
+def _column(values: list[Any], kinds: Set[type]) -> pa.Array:
+    """A column of values of these types: numbers, texts or booleans unchanged, a mixture as JSON."""
+    if len(kinds) <= 1 and kinds <= _UNCHANGED.keys():
+        return pa.array(values, _UNCHANGED[next(iter(kinds))] if kinds else pa.null())
     if kinds <= {int, float}:
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())

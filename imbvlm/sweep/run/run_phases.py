@@ -53,26 +53,25 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         header = run_header(sweep.spec, checked.manifest, folder, log)
         notes = [*text_notes(sweep, checked.manifest), *untrained_configurations(sweep), *sampler_notes(sweep)]
         console.print("\n".join([header, *notes]))
-        with _resume_hint_in_errors(folder):
-            with console.redirect_output(local_dir / LOG_FILE):
-                silence_optuna()
-                with ray_session(console.last_word(_resume_hint(folder))) as cluster:
-                    run = open_run(checked, folder, log, console, cluster, started)
-                    extract(run)
-                    search(run, checked.warm_starts)
-                    _check_interrupted(lease)
-                    confirm(run)
-                    _check_interrupted(lease)
-                    confirm_over_folds(run)
-                    _check_interrupted(lease)
-                    refit(run)
-                    correct_for_size(run)
-                    _check_interrupted(lease)
-                    measure_gap(run)
-                    check_labels(run)
-                    compare_with_earlier(run)
-                    seconds = time.monotonic() - started
-            conclude(run, seconds)
+        with _resume_hint_in_errors(folder), console.redirect_output(local_dir / LOG_FILE):
+            silence_optuna()
+            with ray_session(console.last_word(_resume_hint(folder))) as cluster:
+                run = open_run(checked, folder, log, console, cluster, started)
+                extract(run)
+                search(run, checked.warm_starts)
+                _check_interrupted(lease)
+                confirm(run)
+                _check_interrupted(lease)
+                confirm_over_folds(run)
+                _check_interrupted(lease)
+                refit(run)
+                correct_for_size(run)
+                _check_interrupted(lease)
+                measure_gap(run)
+                check_labels(run)
+                compare_with_earlier(run)
+                # Within the session, which may wait for other commands on its cluster.
+                conclude(run, time.monotonic() - started)
     return log
 
 
