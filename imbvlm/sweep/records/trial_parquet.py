@@ -28,7 +28,7 @@ def write_results_table(log: TrialLog) -> str:
         for part in chain([first], parts):
             writer.write_table(part)
     uri = storage.join(log.folder, RESULTS_FILE)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    storage.write_bytes(uri, memoryview(sink.getvalue()))
     return uri
 
 
