@@ -6,8 +6,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain
 from typing import NamedTuple
 
@@ -161,24 +162,28 @@ def _fill(config: TrialConfig, parts: Sequence[PendingPart], root: str, encoder:
     compile_for = images_per_block if resolve_compile(config, encoder, progress.num_images) else 0
     local = compute_here(encoder, blocks, max_seconds=2 * SECONDS_HERE, compile_for=compile_for) if fits else ()
     remote = _compute_in_workers(config, encoder, blocks, progress, images_per_block, compile_for)
-    for summary in chain(local, remote):
-        part, rows = parts[summary.part], summary.rows
-        if summary.not_compiled is not None:
-            progress.notice = f"the encoder {encoder.info.name} computes without torch.compile: {summary.not_compiled}"
-        progress.add(summary.num_images, summary.num_computed)
-        interrupts.check()
-        contents[summary.part][rows] = summary.contents
-        for output, name in summary.written.items():
-            of_store = written[part.store.folder]
-            of_store[output] = of_store.get(output, frozenset()) | {name}
-        is_new = ~part.contents.is_known[rows]
-        if is_new.any():
-            uris = part.rows.table.column("uri").take(pa.array(rows[is_new]))
-            record_files(root, uris, part.contents.versions[rows[is_new]], summary.contents[is_new])
-        if summary.bad:
-            # Wrong folders or keys must not cost the whole pass.
-            bad[summary.part].update(summary.bad)
-            _check_limits(config, part, bad[summary.part])
+    # Closed here: closing it ends Ray, and raises KeyboardInterrupt after a signal, which a destructor would print.
+    with closing(remote):
+        for summary in chain(local, remote):
+            part, rows = parts[summary.part], summary.rows
+            if summary.not_compiled is not None:
+                progress.notice = (
+                    f"the encoder {encoder.info.name} computes without torch.compile: {summary.not_compiled}"
+                )
+            progress.add(summary.num_images, summary.num_computed)
+            interrupts.check()
+            contents[summary.part][rows] = summary.contents
+            for output, name in summary.written.items():
+                of_store = written[part.store.folder]
+                of_store[output] = of_store.get(output, frozenset()) | {name}
+            is_new = ~part.contents.is_known[rows]
+            if is_new.any():
+                uris = part.rows.table.column("uri").take(pa.array(rows[is_new]))
+                record_files(root, uris, part.contents.versions[rows[is_new]], summary.contents[is_new])
+            if summary.bad:
+                # Wrong folders or keys must not cost the whole pass.
+                bad[summary.part].update(summary.bad)
+                _check_limits(config, part, bad[summary.part])
     # Files that turn out to be copies are faster.
     if progress.seconds_per_image is not None and progress.num_computed == progress.done:
         for folder in written:
@@ -226,7 +231,7 @@ def _compute_in_workers(
     progress: _Progress,
     images_per_block: int,
     compile_for: int,
-) -> Iterator[BlockSummary]:
+) -> Generator[BlockSummary, None, None]:
     if not blocks:
         return
     # It loads Ray Data, a second of which a plan and stored features need nothing.

@@ -13,8 +13,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import ray
-from ray.util.state import list_jobs
-from ray.util.state.exception import RayStateApiException
 
 from imbvlm.base import interrupts
 from imbvlm.base.console import LAST_WORD, LastWord
@@ -31,6 +29,7 @@ from imbvlm.ray_runtime.ray_private import (
     dead_processes,
     is_own_cluster,
     local_addresses,
+    num_other_drivers,
     ports_closed,
     sigterm_kept,
 )
@@ -55,10 +54,11 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
+def ray_session(last_word: LastWord | None = None, *, waits_for_others: bool = False) -> Iterator[Cluster]:
     """Within, Ray is connected; a cluster that this process started is stopped afterwards.
 
-    Without an error it is stopped only when the commands that have joined it have ended; Ctrl-C stops it at once.
+    With `waits_for_others` and without an error, it is stopped only when the commands that have joined it have ended;
+    Ctrl-C stops it at once.
 
     If the cluster is lost meanwhile, the process ends with code 1 and a last sentence, by default on standard error.
     Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer or denies access, or none of several.
@@ -83,7 +83,7 @@ def ray_session(last_word: LastWord | None = None) -> Iterator[Cluster]:
             # Ray may have swallowed a signal meanwhile.
             interrupts.check()
             yield connected_cluster()
-            if address is None:
+            if waits_for_others and address is None:
                 _wait_for_others(words)
     finally:
         # Ray's processes may have had a SIGTERM, too, and end by themselves; without them shutdown would hang.
@@ -95,7 +95,7 @@ def _wait_for_others(words: LastWord) -> None:
     """Wait while other drivers use the cluster, until Ctrl-C: it would take their work with it."""
     num_told = 0
     try:
-        while num_others := _num_other_drivers():
+        while num_others := num_other_drivers():
             if num_others > num_told:
                 others = pluralize(num_others, "other command")
                 words.print(f"all done; Ray stays for {others} on this machine, and Ctrl-C ends it with them")
@@ -107,16 +107,6 @@ def _wait_for_others(words: LastWord) -> None:
             raise
         # This command's own work is done.
         signals.forget()
-
-
-def _num_other_drivers() -> int:
-    """Programs beside this one that are connected to the cluster; 0 where the dashboard doesn't answer."""
-    own = ray.get_runtime_context().get_job_id()
-    try:
-        jobs = list_jobs()
-    except RayStateApiException:
-        return 0
-    return sum(job.job_id != own and job.status == "RUNNING" for job in jobs)
 
 
 class _Watch:

@@ -34,6 +34,11 @@ NAMES: Mapping[str, tuple[str, str]] = {
         "ray._private.worker:_global_node.dead_processes",
         "A lost process of Ray is noticed only when the cluster no longer answers.",
     ),
+    # The public list_jobs asks the cluster that RAY_ADDRESS names, also where another one is connected.
+    "jobs": (
+        "ray._private.state:jobs",
+        "Commands that have joined this command's cluster end with it.",
+    ),
     "dashboard": (
         "ray._private.worker:get_dashboard_url",
         "The dashboard's address is read by a second ray.init.",
@@ -128,6 +133,12 @@ def dashboard_address() -> str:
             return ray.init(ignore_reinit_error=True, configure_logging=False).dashboard_url
 
     return _private("dashboard", reconnect)() or ""
+
+
+def num_other_drivers() -> int:
+    """Programs beside this one that are connected to the cluster."""
+    own = ray.get_runtime_context().get_job_id()
+    return sum(not job["IsDead"] and job["JobID"] != own for job in _private("jobs", list)())
 
 
 def local_addresses() -> set[str]:

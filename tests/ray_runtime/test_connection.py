@@ -91,7 +91,7 @@ import os, time
 from imbvlm.base import interrupts
 from imbvlm.ray_runtime.connection import ray_session
 
-with interrupts.handled(), ray_session() as cluster:
+with interrupts.handled(), ray_session(waits_for_others=True) as cluster:
     print("connected", cluster.is_own, os.getpid(), flush=True)
     time.sleep(6)
 print("through", flush=True)
@@ -115,7 +115,7 @@ print("through", flush=True)
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_of_two_commands_at_once_the_first_stays_until_the_second_that_has_joined_it_ends(tmp_path: Path) -> None:
+def test_a_sweeps_cluster_stays_until_the_command_that_has_joined_it_ends(tmp_path: Path) -> None:
     """Two sweeps in two terminals: the second one's work was lost when the first was through."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
 

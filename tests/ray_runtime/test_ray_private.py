@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +91,37 @@ def test_processes_of_ray_that_have_ended_are_listed(ray_cluster: str, without: 
     assert not {"raylet", "gcs_server"} & {name for name, _ in ray_private.dead_processes()}
     with without("dead_processes"):
         assert ray_private.dead_processes() == []
+
+
+JOINS = """
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("joined", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.ray
+def test_programs_count_while_they_are_connected_to_the_cluster(
+    ray_cluster: str, without: Callable[[str], Any]
+) -> None:
+    """Also where RAY_ADDRESS says `local`, as for this process."""
+    before = ray_private.num_other_drivers()
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        [sys.executable, "-c", JOINS, ray_cluster], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"joined\n"
+        assert ray_private.num_other_drivers() == before + 1
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 30
+    while ray_private.num_other_drivers() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    with without("jobs"):
+        assert ray_private.num_other_drivers() == 0
 
 
 @pytest.mark.ray
