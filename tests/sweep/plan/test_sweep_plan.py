@@ -283,7 +283,7 @@ def test_a_sweep_refuses_before_its_first_pass_what_the_plan_calls_too_much(
 ) -> None:
     """Training and validation rows would fit, and the whole search run before the test split's fill the disk."""
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
-    monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda *given, **settings: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.extract_phase.ensure_features", lambda *args, **more: passes.append(args))
     made = spec(storage=str(tmp_path))
     needed = make_plan(made, None).missing_bytes
@@ -320,7 +320,7 @@ def test_validation_logits_are_planned_and_a_disk_that_cannot_hold_them_is_refus
     assert not full.fits_disk
     assert "left for them: lower max_concurrent_trials or max_pack_size" in describe_plan(full)
     cluster, passes = Cluster("", 1.0, 0.0, True, ((1.0, 0.0),), ((1.0, 0.0),)), []
-    monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda last_word: nullcontext(cluster))
+    monkeypatch.setattr("imbvlm.sweep.run.run_phases.ray_session", lambda *given, **settings: nullcontext(cluster))
     monkeypatch.setattr("imbvlm.sweep.run.extract_phase.ensure_features", lambda *args, **more: passes.append(args))
     for room, says in ((features + 0.9 * plan.logit_bytes, "trials' validation logits up to 1.2 MB"),
                        (0.9 * plan.logit_bytes, "the validation logits of trials need up to 1.2 MB")):  # fmt: skip
