@@ -244,12 +244,6 @@ class LastWord:
         """The whole line."""
         return f"imbvlm: {sentence}; then {self.fix}"
 
-    def print(self, line: str) -> None:
-        """Print a line where the last sentence would stand."""
-        # The terminal may be gone.
-        with suppress(OSError):
-            os.write(self.descriptor, f"{self.before}imbvlm: {line}\n".encode())
-
 
 # On standard error, also while the output of libraries is redirected to a file.
 LAST_WORD: ContextVar[LastWord] = ContextVar("LAST_WORD", default=LastWord())  # noqa: B039

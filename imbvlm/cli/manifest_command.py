@@ -168,7 +168,7 @@ def build(
     from imbvlm.data.manifest_update import modification_time, update_manifest
     from imbvlm.data.sources.benchmarks import build_dataset
     from imbvlm.data.sources.folders_and_lists import from_folders, from_lists
-    from imbvlm.data.sources.group_reader import read_groups, with_groups
+    from imbvlm.data.sources.group_reader import with_groups, with_groups_from
     from imbvlm.data.sources.inaturalist import from_inaturalist
     from imbvlm.data.sources.manifest_builder import read_class_names
     from imbvlm.data.sources.table_files import from_table
@@ -244,7 +244,7 @@ def build(
         manifest = with_groups(manifest, manifest.table.column("group").to_pylist(), f"--group-by {group_by}")
     if group_from is not None:
         below = folders or root or (tables[0].rpartition("/")[0] if table else "")
-        manifest = read_groups(manifest, group_from, below)
+        manifest = with_groups_from(manifest, group_from, below)
     if test_share is not None or old is not None or "val" not in manifest.splits:
         # Test and validation rows are sampled from training images, and duplicates must stay in one split.
         manifest = mark_duplicates(manifest)

@@ -54,11 +54,13 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def ray_session(last_word: LastWord | None = None, *, waits_for_others: bool = False) -> Iterator[Cluster]:
+def ray_session(
+    last_word: LastWord | None = None, notify_waiting: Callable[[str], None] | None = None
+) -> Iterator[Cluster]:
     """Within, Ray is connected; a cluster that this process started is stopped afterwards.
 
-    With `waits_for_others` and without an error, it is stopped only when the commands that have joined it have ended;
-    Ctrl-C stops it at once.
+    With `notify_waiting` it is stopped only when the commands that have joined it have ended, and `notify_waiting` gets
+    a sentence about them; Ctrl-C or an error stops it at once.
 
     If the cluster is lost meanwhile, the process ends with code 1 and a last sentence, by default on standard error.
     Raises ImbvlmError where RAY_ADDRESS names a cluster that doesn't answer or denies access, or none of several.
@@ -71,10 +73,10 @@ def ray_session(last_word: LastWord | None = None, *, waits_for_others: bool = F
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Without it Ray warns at each start about a changed default of its accelerator detection.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address, watch, words = _address_that_answers(), _Watch(), last_word or LAST_WORD.get()
+    address, watch = _address_that_answers(), _Watch()
     try:
         # Ray may end this process without a message while it connects, too.
-        with ended_when(watch.lost, words):
+        with ended_when(watch.lost, last_word or LAST_WORD.get()):
             if address is None:
                 _start_here()
             else:
@@ -83,22 +85,22 @@ def ray_session(last_word: LastWord | None = None, *, waits_for_others: bool = F
             # Ray may have swallowed a signal meanwhile.
             interrupts.check()
             yield connected_cluster()
-            if waits_for_others and address is None:
-                _wait_for_others(words)
+            if notify_waiting is not None and address is None:
+                _wait_for_others(notify_waiting)
     finally:
         # Ray's processes may have had a SIGTERM, too, and end by themselves; without them shutdown would hang.
         if (signals := interrupts.current()) is None or signals.received is not signal.SIGTERM:
             ray.shutdown()
 
 
-def _wait_for_others(words: LastWord) -> None:
+def _wait_for_others(notify: Callable[[str], None]) -> None:
     """Wait while other drivers use the cluster, until Ctrl-C: it would take their work with it."""
     num_told = 0
     try:
         while num_others := num_other_drivers():
             if num_others > num_told:
                 others = pluralize(num_others, "other command")
-                words.print(f"all done; Ray stays for {others} on this machine, and Ctrl-C ends it with them")
+                notify(f"all done; Ray stays for {others} on this machine, and Ctrl-C ends it with them")
                 num_told = num_others
             interrupts.sleep(_OTHERS_SECONDS)
     except KeyboardInterrupt:

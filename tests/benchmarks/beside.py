@@ -89,7 +89,7 @@ def _rows_of(features: FeatureSet, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_side(script: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a script of this folder writes, which runs in a process and a new folder of its own."""
+    """Run a script of this folder by its own process in a new folder, and return what it writes."""
     folder.mkdir()
     file, out = folder / "settings.json", folder / "out.json"
     file.write_text(json.dumps({**settings, "folder": str(folder), "out": str(out), "seed": 0}))

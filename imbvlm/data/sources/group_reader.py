@@ -79,11 +79,11 @@ def with_groups(manifest: Manifest, names: Sequence[str | None], option: str, fi
     return replace(manifest, table=with_column(manifest.table, "group", column), notes=(*manifest.notes, *notes))
 
 
-def read_groups(manifest: Manifest, source: str, root: str) -> Manifest:
-    """The manifest with the group of each row by `exif:serial`, `exif:day`, or a regular expression of paths.
+def with_groups_from(manifest: Manifest, source: str, root: str) -> Manifest:
+    """The manifest with the group of each row by `exif:serial`, `exif:day`, or a regular expression.
 
-    The paths begin below `root`. A group's name is what the expression's parentheses capture, joined by slashes.
-    Raises ImbvlmError for a wrong source and as `with_groups`, StorageError where a store doesn't answer.
+    The expression is searched in the paths below `root`, and what its parentheses capture, joined by slashes, is the
+    group's name. Raises ImbvlmError for a wrong source and as `with_groups`, StorageError where a store doesn't answer.
     """
     option = f"--group-from {source}"
     if source.startswith(_EXIF):

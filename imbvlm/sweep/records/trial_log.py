@@ -33,7 +33,7 @@ DELIVERED, BLEND = "delivered", "blend"
 SPEC_FILE = "sweep.yaml"
 SELECTION_FILE = "selection.json"
 CHECKPOINTS_FOLDER = "checkpoints"
-# Sections of one name that records share: a search has few of most names, and one for each trial of the others.
+# Records share equal sections. Most sections differ little within a search, so that the latest few suffice.
 MAX_SHARED_SECTIONS = 8
 ENDED: frozenset[TrialState] = frozenset({"finished", "stopped", "failed"})
 

@@ -17,12 +17,12 @@ from imbvlm.sweep.records.trial_log import TrialLog, TrialRecord
 RESULTS_FILE = "results.parquet"
 # Python's objects for thousands of trials at once would take more memory than their records.
 ROWS_AT_ONCE = 512
-_UNCHANGED: Mapping[type, pa.DataType] = {int: pa.int64(), bool: pa.bool_(), str: pa.string()}
+_COLUMN_TYPES: Mapping[type, pa.DataType] = {int: pa.int64(), bool: pa.bool_(), str: pa.string()}
 
 
 def write_results_table(log: TrialLog) -> str:
     """Write results.parquet into the sweep's folder, one row per trial, and return its location."""
-    parts, sink = _parts(list(log.records.values())), pa.BufferOutputStream()
+    parts, sink = table_parts(list(log.records.values())), pa.BufferOutputStream()
     first = next(parts)
     with pq.ParquetWriter(sink, first.schema) as writer:
         for part in chain([first], parts):
@@ -32,13 +32,11 @@ def write_results_table(log: TrialLog) -> str:
     return uri
 
 
-def results_table(records: Sequence[TrialRecord]) -> pa.Table:
-    """One row per trial: identity, state, times, all keys (`config.*`), metrics of the last epoch and of all epochs."""
-    return pa.concat_tables(_parts(records))
+def table_parts(records: Sequence[TrialRecord]) -> Iterator[pa.Table]:
+    """The table in parts of `ROWS_AT_ONCE` rows of equal columns; without records a single part without rows.
 
-
-def _parts(records: Sequence[TrialRecord]) -> Iterator[pa.Table]:
-    """The table in parts of `ROWS_AT_ONCE` rows, an empty one without trials."""
+    A row is a trial: identity, state, times, all keys (`config.*`), metrics of the last epoch and of all epochs.
+    """
     rows = sorted(records, key=lambda record: (record.kind != "baseline", record.kind == "refit", record.trial_id))
     kinds, metrics = dict[str, set[type]](), set[str]()
     for row in rows:
@@ -79,8 +77,8 @@ def _part(rows: Sequence[TrialRecord], kinds: Mapping[str, Set[type]], metrics: 
 
 def _column(values: list[Any], kinds: Set[type]) -> pa.Array:
     """A column of values of these types: numbers, texts or booleans unchanged, a mixture as JSON."""
-    if len(kinds) <= 1 and kinds <= _UNCHANGED.keys():
-        return pa.array(values, _UNCHANGED[next(iter(kinds))] if kinds else pa.null())
+    if len(kinds) <= 1 and kinds <= _COLUMN_TYPES.keys():
+        return pa.array(values, _COLUMN_TYPES[next(iter(kinds))] if kinds else pa.null())
     if kinds <= {int, float}:
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())

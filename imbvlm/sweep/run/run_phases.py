@@ -55,7 +55,7 @@ def run_sweep(spec: SweepSpec, folder: str, console: Console) -> TrialLog:
         console.print("\n".join([header, *notes]))
         with _resume_hint_in_errors(folder), console.redirect_output(local_dir / LOG_FILE):
             silence_optuna()
-            with ray_session(console.last_word(_resume_hint(folder)), waits_for_others=True) as cluster:
+            with ray_session(console.last_word(_resume_hint(folder)), notify_waiting=console.print) as cluster:
                 run = open_run(checked, folder, log, console, cluster, started)
                 extract(run)
                 search(run, checked.warm_starts)

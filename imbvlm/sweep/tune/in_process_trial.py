@@ -84,8 +84,8 @@ class InProcessTrial(tune.Trainable):
 
     def _begin(self, config: Tree) -> None:
         self._plugins, self._ended_file = Plugins(), None
-        # Tune would send it with each result, and keep that.
-        self.config = Tree()
+        # Tune adds this attribute to each result, and keeps the last one.
+        self.config: Tree = {}
         try:
             payload = PackPayload.decode(config["payload"])
         except ConfigError as error:

@@ -21,7 +21,7 @@ from imbvlm.training.trial_pack import pack_key
 from imbvlm.training.trial_session import from_result
 
 # How much larger a process's next pack may be while a search begins. On a CPU two probes together take as long as one
-# after the other, and four half as long (tests/benchmarks/RESULTS.md).
+# after the other, and four 0.6 to 0.7 of that (tests/benchmarks/RESULTS.md).
 PACK_GROWTH = 4
 
 

@@ -16,7 +16,7 @@ from trial_records import BASE, BEST, OBJECTIVE, log_of, record
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.config.trial_config import TrialConfig
 from imbvlm.sweep.records.trial_log import TrialLog
-from imbvlm.sweep.records.trial_parquet import results_table, write_results_table
+from imbvlm.sweep.records.trial_parquet import ROWS_AT_ONCE, table_parts, write_results_table
 
 # ------------------------------------------------------------------------------------------------------- values
 
@@ -196,9 +196,23 @@ def test_the_table_has_a_typed_column_for_every_key_and_metric(tmp_path: Path) -
 def test_lists_and_mixed_values_are_json() -> None:
     plain = TrialConfig.from_tree({**BASE, "method": "decoder"})
     listed = plain.with_overrides({"prompts.templates": ["a {}"], "optim.name": "adamw"})
-    table = results_table([record("t1", []), record("t2", [], config=listed.to_tree())])
+    (table,) = table_parts([record("t1", []), record("t2", [], config=listed.to_tree())])
     assert [json.loads(text) for text in table.column("config.prompts.templates").to_pylist()] == ["plain", ["a {}"]]
     assert table.column("config.optim.betas").to_pylist() == [None, "[0.9, 0.999]"]
+
+
+def test_a_column_has_one_type_where_only_a_late_trial_has_a_value(tmp_path: Path) -> None:
+    """The table is written in parts."""
+    listed = TrialConfig.from_tree({**BASE, "method": "decoder", "prompts": {"templates": ["a {}"]}}).to_tree()
+    early = [record(f"t{number:05d}", [0.5]) for number in range(ROWS_AT_ONCE + 5)]
+    late = record("t99999", [0.5, 0.7], config=listed)
+    late.epochs[-1] = {**late.epochs[-1], "val/late": 0.25}
+    table = pq.read_table(write_results_table(log_of(tmp_path, late, *early)))
+    assert table.column("trial_id").to_pylist() == [each.trial_id for each in (*early, late)]
+    templates = [json.loads(text) for text in table.column("config.prompts.templates").to_pylist()]
+    assert templates == ["plain"] * len(early) + [["a {}"]]
+    assert table.column("val/late").to_pylist() == [None] * len(early) + [0.25]
+    assert table.column("num_epochs").to_pylist() == [1] * len(early) + [2]
 
 
 def test_a_table_without_trials_can_be_written(tmp_path: Path) -> None:
@@ -219,4 +233,5 @@ def test_views_are_a_number_of_stored_crops_or_fresh(fields: dict[str, Any], vie
     tree["features"] |= fields["features"]
     trial = record("t1", [0.5], config=tree)
     assert trial.views == views
-    assert results_table([trial]).column("views").to_pylist() == [views]
+    (table,) = table_parts([trial])
+    assert table.column("views").to_pylist() == [views]
