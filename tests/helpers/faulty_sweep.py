@@ -89,12 +89,12 @@ class Sweep:
         return self.begin("sweep", "run", "spec.yaml", *arguments, environment=environment)
 
     def begin(self, *arguments: str, environment: dict[str, str] | None = None) -> Sweep:
-        """Start a command of ours."""
+        """Start a command of ours, without CI, where minutes go by between two lines of progress."""
         command = [sys.executable, "-m", "imbvlm", *arguments]
         self.process = subprocess.Popen(
             command if self.there is None else self.there.command(*command, folder=self.folder),
             cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "CI": "", **(environment or {})},
         )  # fmt: skip
         return self
 
