@@ -172,7 +172,8 @@ def test_a_ray_of_its_own_that_is_gone_ends_the_sweep_with_how_to_go_on(
         printed = sweep.end(1, seconds=120)
         assert time.monotonic() - began < 10
         for pid in ids("trial"):
-            wait_gone(pid)
+            # Ray lets a process that calls its GCS wait 60 s for another one.
+            wait_gone(pid, 120)
     way_on = f"; then go on with: imbvlm sweep resume {sweep.path}"
     (sentence,) = (line for line in printed.splitlines() if line.endswith(way_on))
     # Ray may be faster, and ends this process without a word.
