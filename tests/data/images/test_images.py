@@ -1,6 +1,7 @@
 """Decoding whatever the file: the right pixels or a short reason; and crops that equal open_clip's own."""
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,18 @@ from imbvlm.data.images.preprocess import Preprocess
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    if format == "QOI":
+        return encode_qoi(image)
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
+
+
+def encode_qoi(image: Image.Image) -> bytes:
+    """An RGB image as QOI, which Pillow 11 reads and doesn't write: a chunk with all three colors for each pixel."""
+    head = b"qoif" + struct.pack(">IIBB", *image.size, 3, 0)
+    pixels = np.asarray(image).reshape(-1, 3)
+    return head + b"".join(b"\xfe" + pixel.tobytes() for pixel in pixels) + bytes(7) + b"\1"
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:
