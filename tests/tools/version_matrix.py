@@ -4,7 +4,8 @@
 
 Each gets an environment in FOLDER, outside of the repository, which a later run brings up to date. The lowest one
 takes the lower bound of every requirement of the package and of its tests, so each bound must be a version that exists.
-Other packages are the newest that fit. Packages come through pip, by this machine's settings.
+Other packages are the newest that fit. Packages come through pip, by this machine's settings. Types are checked with
+the newest versions alone, since those of numpy and others have grown.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, EXTRA = "imbvlm", "test"
+TYPE_CHECK = "tests/test_style.py::test_nothing_to_complain_about[mypy]"
 SHOWN = ("torch", "ray", "optuna", "pyarrow", "numpy", "pydantic")
 
 
@@ -76,7 +78,9 @@ def main() -> int:
     for which in ("lowest", "newest") if options.which == "both" else (options.which,):
         python = environment(which, options.folder)
         print(f"{which}: {versions(python)}", flush=True)
-        codes.append(subprocess.run([str(python), "-m", "pytest", *options.pytest], cwd=ROOT, check=False).returncode)
+        left_out = ["--deselect", TYPE_CHECK] if which == "lowest" else []
+        command = [str(python), "-m", "pytest", *left_out, *options.pytest]
+        codes.append(subprocess.run(command, cwd=ROOT, check=False).returncode)
     return next(filter(None, codes), 0)
 
 

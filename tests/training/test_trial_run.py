@@ -83,7 +83,9 @@ def test_first_losses_are_the_recorded_ones(data: TrialData, tmp_path: Path) -> 
     torch.set_num_threads(threads)
     assert recorded.keys() <= computed.keys()
     for name in recorded:
-        assert computed[name] == pytest.approx(recorded[name], abs=1e-4), name
+        # Pillow 13 rounds the pixels of augmented images in another way than 12.
+        tolerance = 1e-4 if name.split()[0] in STORED else 1e-3
+        assert computed[name] == pytest.approx(recorded[name], abs=tolerance), name
         assert len(computed[name]) == NUM_FIRST_LOSSES
 
 
