@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain
@@ -22,13 +23,15 @@ _COLUMN_TYPES: Mapping[type, pa.DataType] = {int: pa.int64(), bool: pa.bool_(), 
 
 def write_results_table(log: TrialLog) -> str:
     """Write results.parquet into the sweep's folder, one row per trial, and return its location."""
-    parts, sink = table_parts(list(log.records.values())), pa.BufferOutputStream()
+    # Arrow's own buffer keeps each of its sizes while it grows.
+    parts, file = table_parts(list(log.records.values())), io.BytesIO()
     first = next(parts)
-    with pq.ParquetWriter(sink, first.schema) as writer:
+    with pq.ParquetWriter(file, first.schema) as writer:
         for part in chain([first], parts):
             writer.write_table(part)
+            pa.default_memory_pool().release_unused()
     uri = storage.join(log.folder, RESULTS_FILE)
-    storage.write_bytes(uri, memoryview(sink.getvalue()))
+    storage.write_bytes(uri, file.getbuffer())
     return uri
 
 
