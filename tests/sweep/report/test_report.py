@@ -706,7 +706,7 @@ def opened(page: Path, tmp_path: Path) -> tuple[list[str], list[str]]:
     """Lines of the console, and URLs of http(s) that were asked for."""
     log = tmp_path / "net.json"
     done = chromium(f"--log-net-log={log}", "--dump-dom", page.as_uri())
-    # Pages of Chromium's own complain where the machine is busy.
+    # Chromium's own pages complain of a slow network on a busy machine.
     lines = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     console = [line for line in lines if "source: chrome://" not in line]
     # Chromium asks for things of its own besides; what a page asks for has this annotation (blink_resource_loader).

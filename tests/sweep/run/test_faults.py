@@ -172,7 +172,7 @@ def test_a_ray_of_its_own_that_is_gone_ends_the_sweep_with_how_to_go_on(
         printed = sweep.end(1, seconds=120)
         assert time.monotonic() - began < 10
         for pid in ids("trial"):
-            # Ray lets a process that calls its GCS wait 60 s for another one.
+            # A process that calls its GCS waits 60 s for another one (Ray's gcs_rpc_server_reconnect_timeout_s).
             wait_gone(pid, 120)
     way_on = f"; then go on with: imbvlm sweep resume {sweep.path}"
     (sentence,) = (line for line in printed.splitlines() if line.endswith(way_on))
@@ -283,6 +283,7 @@ def test_a_training_that_is_ended_says_so(sweep: Sweep) -> None:
 
 
 def assert_ends_with_a_line(sweep: Sweep, number: signal.Signals, line: str) -> None:
+    """A command ends within ten seconds of a signal, by its code, and its last line says why."""
     began = time.monotonic()
     sweep.process.send_signal(number)
     printed = sweep.end(128 + number)
