@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -10,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from apart import apart_with_ray
 
 from imbvlm.ray_runtime import ray_private
@@ -120,8 +124,24 @@ def test_programs_count_while_they_are_connected_to_the_cluster(
     while ray_private.num_other_drivers() > before:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    with without("jobs"):
+    with without("gcs_client"):
         assert ray_private.num_other_drivers() == 0
+
+
+@pytest.mark.ray
+def test_an_open_dashboard_is_no_program_beside(ray_cluster: str) -> None:
+    """A sweep would wait for it without end."""
+    before = ray_private.num_other_drivers()
+    # The overview page asks for this, and a part of the dashboard joins the cluster for it.
+    request = urllib.request.Request(f"http://{ray_private.dashboard_address()}/api/serve/applications/")
+    token = Path("~/.ray/auth_token").expanduser()
+    if token.exists():
+        request.add_header("Authorization", f"Bearer {token.read_text().strip()}")
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(request, timeout=60)
+    jobs = ray.get_runtime_context().worker.gcs_client.get_all_job_info().values()
+    assert any("ServeHead" in job.entrypoint for job in jobs)
+    assert ray_private.num_other_drivers() == before
 
 
 @pytest.mark.ray
