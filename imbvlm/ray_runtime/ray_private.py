@@ -19,7 +19,7 @@ from imbvlm.ray_runtime.environment import variables_set
 # The setting that Ray copies into ENABLE_RAY_CLUSTER when it is imported; its processes do so again.
 OPEN_PORTS_SETTING = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
-# Parts of the dashboard connect themselves when a page is opened, and stay.
+# How the namespaces of Ray's own programs begin. Parts of the dashboard join when a page is opened, and stay.
 _INTERNAL_NAMESPACES = "_ray_internal_"
 _ADDRESS = "A running cluster is joined only if RAY_ADDRESS names it."
 _AUTOSCALER = "A head with a launcher's file counts as autoscaled, unless IMBVLM_AUTOSCALER is set."
@@ -37,8 +37,8 @@ NAMES: Mapping[str, tuple[str, str]] = {
         "A lost process of Ray is noticed only when the cluster no longer answers.",
     ),
     # The public list_jobs asks the cluster that RAY_ADDRESS names, also where another one is connected.
-    "gcs_client": (
-        "ray._private.worker:global_worker.gcs_client",
+    "jobs": (
+        "ray._private.worker:global_worker.gcs_client.get_all_job_info",
         "Commands that have joined this command's cluster end with it.",
     ),
     "dashboard": (
@@ -139,10 +139,8 @@ def dashboard_address() -> str:
 
 def num_other_drivers() -> int:
     """Programs beside this one that are connected to the cluster, without those of Ray's dashboard."""
-    client, own = _private("gcs_client", None), ray.get_runtime_context().get_job_id()
-    if client is None:
-        return 0
-    jobs = client.get_all_job_info(skip_submission_job_info_field=True, skip_is_running_tasks_field=True).values()
+    own, list_jobs = ray.get_runtime_context().get_job_id(), _private("jobs", lambda **options: {})
+    jobs = list_jobs(skip_submission_job_info_field=True, skip_is_running_tasks_field=True).values()
     return sum(
         not job.is_dead and job.job_id.hex() != own and not job.config.ray_namespace.startswith(_INTERNAL_NAMESPACES)
         for job in jobs
