@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from tiny_data import CLASS_COUNTS, tiny_config, tiny_data
@@ -39,6 +40,8 @@ from imbvlm.training.trial_run import NUM_FIRST_LOSSES, EpochResult, build_trial
 STORED = [name for name, entry in METHODS.items() if not entry.trains_encoder]
 TRAINED = [name for name in STORED if METHODS[name].trains]
 FIRST_LOSSES = Path(__file__).with_name("first_losses.json")
+# Pillow resizes images that are taller than wide in another way since 13, with which first_losses.json was recorded.
+RESIZES_OTHERWISE = int(PIL.__version__.partition(".")[0]) < 13
 CPU = torch.device("cpu")
 
 
@@ -83,8 +86,7 @@ def test_first_losses_are_the_recorded_ones(data: TrialData, tmp_path: Path) -> 
     torch.set_num_threads(threads)
     assert recorded.keys() <= computed.keys()
     for name in recorded:
-        # Pillow 13 rounds the pixels of augmented images in another way than 12.
-        tolerance = 1e-4 if name.split()[0] in STORED else 1e-3
+        tolerance = 1e-3 if RESIZES_OTHERWISE and METHODS[name.split()[0]].trains_encoder else 1e-4
         assert computed[name] == pytest.approx(recorded[name], abs=tolerance), name
         assert len(computed[name]) == NUM_FIRST_LOSSES
 
