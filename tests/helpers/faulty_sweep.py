@@ -89,7 +89,7 @@ class Sweep:
         return self.begin("sweep", "run", "spec.yaml", *arguments, environment=environment)
 
     def begin(self, *arguments: str, environment: dict[str, str] | None = None) -> Sweep:
-        """Start a command of ours. With CI set it would print its progress every five minutes."""
+        """Start a command of ours. CI is unset, since with it progress is printed only every five minutes."""
         command = [sys.executable, "-m", "imbvlm", *arguments]
         self.process = subprocess.Popen(
             command if self.there is None else self.there.command(*command, folder=self.folder),

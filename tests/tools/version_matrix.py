@@ -5,7 +5,7 @@
 Each gets an environment in FOLDER, outside of the repository, which a later run brings up to date. The lowest one
 takes the lower bound of every requirement of the package and of its tests, so each bound must be a version that exists.
 Other packages are the newest that fit. Packages come through pip, by this machine's settings. Types are checked with
-the newest versions alone, since those of numpy and others have grown.
+the newest versions alone, since older ones of numpy and safetensors declare fewer.
 """
 
 from __future__ import annotations

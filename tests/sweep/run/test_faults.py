@@ -283,7 +283,7 @@ def test_a_training_that_is_ended_says_so(sweep: Sweep) -> None:
 
 
 def assert_ends_with_a_line(sweep: Sweep, number: signal.Signals, line: str) -> None:
-    """A command ends within ten seconds of a signal, by its code, and its last line says why."""
+    """Within ten seconds of a signal a command ends with the signal's exit code and this last line."""
     began = time.monotonic()
     sweep.process.send_signal(number)
     printed = sweep.end(128 + number)
