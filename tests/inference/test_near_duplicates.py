@@ -11,6 +11,7 @@ from command_line import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_images import extraction_in_this_process
 
 from imbvlm.base.errors import ImbvlmError
 from imbvlm.data.images.decoding import decode_picture
@@ -102,7 +103,8 @@ def test_a_check_names_copies_in_test_and_writes_them_as_groups(
 ) -> None:
     words = ("manifest", "check", photos / "photos.parquet", "--encoder", "tinylit_lite0")
     words = (*words, "--features", tmp_path / "features", "-o", tmp_path / "all.csv")
-    assert run_command(*words, "--write-groups", tmp_path / "grouped.parquet") == 0
+    with extraction_in_this_process():
+        assert run_command(*words, "--write-groups", tmp_path / "grouped.parquet") == 0
     printed, listed = capsys.readouterr().out, (tmp_path / "all.csv").read_text(encoding="utf-8")
     assert "near-duplicates are images with a cosine similarity of" in printed
     assert "chains of near-duplicates in two splits" in printed

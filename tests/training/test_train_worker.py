@@ -119,6 +119,7 @@ def in_processes(
     return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
+@pytest.mark.slow
 def test_two_workers_give_one_workers_numbers(tmp_path: Path) -> None:
     features = tiny_features(tmp_path / "features")
     data = tiny_data(tmp_path / "features", text_tower=True)
@@ -142,6 +143,7 @@ def test_two_workers_give_one_workers_numbers(tmp_path: Path) -> None:
         assert workers[0][case]["weights"] == workers[1][case]["weights"]
 
 
+@pytest.mark.slow
 def test_workers_restored_at_unlike_epochs_stop_and_behind_a_damaged_checkpoint_all_start_again(tmp_path: Path) -> None:
     """In both cases one would wait for the others for ever."""
     workers = in_processes(start_at_unlike_epochs, 2, tmp_path, tiny_features(tmp_path / "features"))

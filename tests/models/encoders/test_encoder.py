@@ -355,6 +355,7 @@ def test_mean_and_size_of_tags_are_the_tags() -> None:
     assert clip.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
 
 
+@pytest.mark.slow
 def test_every_named_tower_is_described_in_seconds() -> None:
     start = time.monotonic()
     # The description of the others lies on the hub.

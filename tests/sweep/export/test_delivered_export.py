@@ -433,6 +433,7 @@ def test_a_single_winner_with_a_matrix_is_the_mean_of_its_refits_and_scored_as_s
     assert not [record for record in made.log.of("delivered") if record.name == BLEND]
 
 
+@pytest.mark.slow
 def test_another_blend_leaves_the_scores_of_the_one_before(tmp_path: Path) -> None:
     """They were read on the test split, so they stay and are shown."""
     with extraction_in_this_process():
@@ -444,6 +445,7 @@ def test_another_blend_leaves_the_scores_of_the_one_before(tmp_path: Path) -> No
     assert made.record(DELIVERED).trial_id != before
 
 
+@pytest.mark.slow
 def test_a_delivered_model_that_cannot_be_scored_leaves_no_score_of_another(tmp_path: Path) -> None:
     """The report showed the earlier model's numbers as those of the present one."""
     with extraction_in_this_process():

@@ -330,13 +330,6 @@ def test_a_page_of_8142_classes_is_small_and_quick(tmp_path: Path) -> None:
     assert sum(f">{name}<" in rest for name in names) < 60
 
 
-def test_a_page_of_1000_trials_is_quick(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "made", COUNTS, num_trials=1000)
-    started = time.perf_counter()
-    page_of(folder)
-    assert time.perf_counter() - started < 10
-
-
 def test_links_lead_to_every_class_by_accuracy_by_size_and_by_change(tmp_path: Path) -> None:
     """Each order is a table that a link shows, since a page without a script can't sort one."""
     source = ReportData.read(str(write_sweep(tmp_path / "made", COUNTS)))

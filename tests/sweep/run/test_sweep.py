@@ -18,7 +18,7 @@ from quickstart_sweep import QUICKSTART, ROOT, imbvlm, newest, run, trials
 
 from imbvlm.data.manifest import Manifest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(420)]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,6 @@ def test_resuming_another_spec_is_refused_with_the_difference(smoke: tuple[Path,
     assert "is 7 now" in printed
 
 
-@pytest.mark.slow
 def test_a_killed_driver_resumes_to_the_same_number_of_trials_none_twice(smoke: tuple[Path, str], home: Path) -> None:
     arguments = [sys.executable, QUICKSTART, "--smoke", "--set", "num_trials=6", "--storage", "runs"]
     driver = subprocess.Popen(
@@ -200,7 +199,6 @@ def test_labels_that_look_wrong_are_those_of_their_images(smoke: tuple[Path, str
         assert float(own["probability_of_looks_like"]) > 10 * float(own["probability_of_class"])
 
 
-@pytest.mark.slow
 def test_a_second_sweep_computes_no_features_and_without_a_trial_leaves_with_the_causes_grouped(
     smoke: tuple[Path, str], home: Path
 ) -> None:
@@ -230,7 +228,6 @@ def test_what_the_cluster_can_never_hold_is_refused_with_both_numbers_and_leaves
     assert sorted(home.rglob("*")) == before
 
 
-@pytest.mark.slow
 def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(
     smoke: tuple[Path, str], home: Path
 ) -> None:
@@ -253,7 +250,6 @@ def test_the_best_few_run_again_with_more_seeds_and_the_best_mean_is_refitted(
     assert len(trials(sweep)) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["ray_train"])
 def test_ray_train_gives_the_numbers_of_the_process(smoke: tuple[Path, str], home: Path, driver: str) -> None:
     sweeps = []
@@ -265,7 +261,6 @@ def test_ray_train_gives_the_numbers_of_the_process(smoke: tuple[Path, str], hom
     assert values[0] == values[1]
 
 
-@pytest.mark.slow
 def test_what_needs_no_ray_train_runs_in_process_beside_a_search_in_the_encoder(home: Path) -> None:
     """A start under Ray Train takes 15 s, and a baseline on stored features a second."""
     settings = ["method=bias_tuning", "num_trials=1", "train.num_epochs=1", "cpus_per_worker=0.9"]
