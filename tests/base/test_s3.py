@@ -57,8 +57,8 @@ def test_a_prefix_becomes_a_manifest_on_s3_and_its_images_are_read(s3: S3Server)
     found = Manifest.read(f"s3://{BUCKET}/pets/pets.parquet")
     assert found.class_names == ("cat", "dog")
     assert found.table.column("uri").to_pylist() == [f"s3://{BUCKET}/pets/{key}" for key in sorted(KEYS)]
-    colours = sorted(decode(fetch(uri, None))[0, 0, 0] for uri in found.table.column("uri").to_pylist())
-    assert colours == [0, 40, 80, 120, 160]
+    colors = sorted(decode(fetch(uri, None))[0, 0, 0] for uri in found.table.column("uri").to_pylist())
+    assert colors == [0, 40, 80, 120, 160]
     # Two classes of five images in all are too few to hold images out, and folds score them.
     assert not [finding for finding in check_manifest(found).findings if finding.severity == "error"]
     assert carve_validation(found.label_rows(), 0).tolist() == []

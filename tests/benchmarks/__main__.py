@@ -26,7 +26,7 @@ from table import HEADING, Options  # noqa: E402
 TABLE = ("extraction", "epoch", "overhead", "packs", "growth", "store", "tokens", "search", "sweep")
 # And what its defaults rest on:
 MORE = (
-    "arms",
+    "strata",
     "attention",
     "choice",
     "quality",

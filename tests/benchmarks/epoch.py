@@ -26,7 +26,7 @@ class InMemory:
 
 
 def lines(options: Options) -> Iterator[Line]:
-    for method, number, knobs in (
+    for method, number, overrides in (
         ("decoder", 256, {"decoder__depth": 3}),
         ("decoder", 1000, {"decoder__depth": 1, "decoder__width": 192}),
         ("linear_probe", 20_000, {}),
@@ -34,7 +34,7 @@ def lines(options: Options) -> Iterator[Line]:
         number *= 20 if options.large else 1
         output = "tokens" if method == "decoder" else "pooled"
         features = made.stored_features(options.folder / f"{method}{number}", number, outputs=(output,), num_val=64)
-        config = made.trial(method, train__num_epochs=100, **knobs)
+        config = made.trial(method, train__num_epochs=100, **overrides)
         data = TrialData.open(config, features)
         store = InMemory({output: data.train.store.gather(output, np.arange(data.train.store.num_rows))})
         in_memory = replace(data, train=replace(data.train, store=store))
@@ -43,8 +43,8 @@ def lines(options: Options) -> Iterator[Line]:
         for run in runs.values():
             next(run)
         taken = in_turn(
-            {name: lambda run=run: next(run) for name, run in runs.items()}, 2 if "decoder__depth" in knobs else 5
+            {name: lambda run=run: next(run) for name, run in runs.items()}, 2 if "decoder__depth" in overrides else 5
         )
-        words = " ".join(f"{key[9:]} {value}" for key, value in knobs.items())
+        words = " ".join(f"{key[9:]} {value}" for key, value in overrides.items())
         yield rates(f"epoch of {method} {words} over {number:,} x {output}", number / taken["stored"],
                     number / taken["memory"], "images/s", 0.9)  # fmt: skip

@@ -62,7 +62,7 @@ def stored_features(
     `num_true` rows of the test split tell the truth.
     """
     generator, about = np.random.default_rng(0), info(width, num_tokens)
-    centres = generator.normal(size=(num_classes, width)).astype(np.float32)
+    centers = generator.normal(size=(num_classes, width)).astype(np.float32)
     labels = {"train": long_tail(num_rows, num_classes), "val": np.arange(num_val) % num_classes}
     if num_true:
         labels["test"] = np.arange(num_true) % num_classes
@@ -76,7 +76,7 @@ def stored_features(
             per_shard = max(1, SHARD_BYTES // (2 * int(np.prod(shape))))
             for start in range(0, len(of_split), per_shard):
                 some = slice(start, start + per_shard)
-                middle = centres[of_split[some]].reshape(-1, 1, *(1,) * (len(shape) - 1), width)
+                middle = centers[of_split[some]].reshape(-1, 1, *(1,) * (len(shape) - 1), width)
                 values = middle + noise * generator.standard_normal((len(middle), 1, *shape), dtype=np.float32)
                 append(store, output, contents[some], scale * values)
         splits[split] = store.write_split(contents, 1, outputs)
@@ -132,7 +132,7 @@ def run_through(
 
 
 def training_step(model: nn.Module, inputs: Tensor, precision: torch.dtype) -> Callable[[], None]:
-    """A step over a batch, from its forward pass to the optimiser's, which ends when the device has done it."""
+    """A step over a batch, from its forward pass to the optimizer's, which ends when the device has done it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
     def step() -> None:
@@ -155,12 +155,12 @@ def tower(folder: Path, name: str = "ViT-B-32") -> str:
 
 
 def images(folder: Path, labels: np.ndarray, side: int = 256) -> list[str]:
-    """JPEG files, smooth and with noise, coloured by class; their paths."""
+    """JPEG files, smooth and with noise, colored by class; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     generator, paths = np.random.default_rng(0), []
-    colours = np.random.default_rng(1).integers(40, 215, (int(labels.max()) + 1, 3))
+    colors = np.random.default_rng(1).integers(40, 215, (int(labels.max()) + 1, 3))
     for row, label in enumerate(labels):
-        coarse = generator.integers(-40, 40, (8, 8, 3)) + colours[label]
+        coarse = generator.integers(-40, 40, (8, 8, 3)) + colors[label]
         picture = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((side, side), Image.BICUBIC)
         paths.append(str(folder / f"{row:06d}.jpg"))
         picture.save(paths[-1], quality=90)

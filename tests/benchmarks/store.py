@@ -39,12 +39,12 @@ def lines(options: Options) -> Iterator[Line]:
     # An index of places takes eight bytes a row and output; the features themselves are mapped.
     grown = opened[sizes[-1]][1] - opened[sizes[0]][1]
     yield limited(f"  memory of {sizes[-1]:,} rows beyond that of {sizes[0]:,}", grown, "MB", 100)
-    for method, output, number, knobs in (
+    for method, output, number, overrides in (
         ("decoder", "tokens", 256, {"decoder__depth": 1, "decoder__width": 192}),
         ("linear_probe", "pooled", 20_000, {}),
     ):
         number *= 5 if options.large else 1
-        yield _scattered(options, method, output, number, knobs)
+        yield _scattered(options, method, output, number, overrides)
 
 
 def _lookup(folder: Path) -> float:
@@ -90,10 +90,10 @@ def _made(folder: Path, number: int) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def _scattered(options: Options, method: str, output: str, number: int, knobs: dict[str, object]) -> Line:
+def _scattered(options: Options, method: str, output: str, number: int, overrides: dict[str, object]) -> Line:
     """The split's rows are a tenth of the store's, in random order."""
     features = made.stored_features(options.folder / method, 10 * number, outputs=(output,), num_val=64)
-    config = made.trial(method, train__num_epochs=100, **knobs)
+    config = made.trial(method, train__num_epochs=100, **overrides)
     whole = TrialData.open(config, features)
     rows = np.random.default_rng(0).permutation(10 * number)[:number]
     path = FeatureStore.open(features.folder).write_split(made_contents("train", 10 * number)[rows], 1, (output,))

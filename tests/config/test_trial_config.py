@@ -173,7 +173,7 @@ def test_what_the_tower_computes_in_is_of_stored_features() -> None:
     assert says in refused("features.compile", True, features={"store": False})
 
 
-def test_knobs_that_would_have_no_effect_are_refused() -> None:
+def test_options_that_would_have_no_effect_are_refused() -> None:
     says = refused("optim.lr_schedule", "half_cosine", optim={"name": "sgd", "cosine_cycles": 0.4375})
     assert says == "override: optim.cosine_cycles has no effect with lr_schedule half_cosine, got 0.4375. Remove it."
 
@@ -278,7 +278,7 @@ def test_the_given_data_is_not_touched() -> None:
 # ------------------------------------------------------------------------------------------------- overrides
 
 
-def test_another_variant_lets_go_of_the_old_ones_knobs() -> None:
+def test_another_variant_drops_the_options_of_the_old_ones() -> None:
     focal = config(loss={"name": "focal", "gamma": 0.5})
     assert focal.with_overrides({"loss.name": "ldam"}).to_tree()["loss"] == {
         "name": "ldam",
@@ -294,7 +294,7 @@ def test_another_variant_lets_go_of_the_old_ones_knobs() -> None:
     assert require_section(back.classifier).temperature == 0.04
 
 
-def test_knobs_that_mean_the_same_stay_and_a_rate_of_another_optimiser_does_not() -> None:
+def test_options_that_mean_the_same_stay_and_a_rate_of_another_optimizer_does_not() -> None:
     sgd = config(optim={"name": "sgd", "lr": 0.3, "weight_decay": 0.01, "momentum": 0.5})
     adamw = require_section(sgd.with_overrides({"optim.name": "adamw"}).optim)
     assert (adamw.weight_decay, adamw.lr) == (0.01, 0.001)
@@ -303,7 +303,7 @@ def test_knobs_that_mean_the_same_stay_and_a_rate_of_another_optimiser_does_not(
     assert require_section(sampled.with_overrides({"loss.name": "balanced_softmax"}).loss).prior == "train"
 
 
-def test_a_knob_set_beside_an_unnamed_variant_waits_for_the_one_that_has_it() -> None:
+def test_an_option_set_beside_an_unnamed_variant_waits_for_the_one_that_has_it() -> None:
     base = apply_overrides(tree(), {"loss.gamma": 3.0})
     assert apply_overrides(base, {"loss.name": "focal"})["loss"] == {"gamma": 3.0, "name": "focal"}
     assert apply_overrides(base, {"loss.name": "ldam"})["loss"] == {"name": "ldam"}

@@ -291,7 +291,7 @@ def test_half_of_the_images_are_flipped() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"crop": "centre"},
+        {"crop": "middle"},
         {"crop_scale": (0.5, 1.5)},
         {"crop_scale": (0.9, 0.5)},
         {"jitter": 1.0},
@@ -303,8 +303,8 @@ def test_values_that_mean_nothing_are_refused(options: dict[str, str | float | t
         Augmentation(**options)
 
 
-def test_jitter_changes_brightness_within_its_strength_and_no_grey_image_otherwise() -> None:
-    """Contrast and saturation leave an even grey as it is, so what is seen is brightness alone: 100 x (1 +- 0.2)."""
+def test_jitter_changes_brightness_within_its_strength_and_no_gray_image_otherwise() -> None:
+    """Contrast and saturation leave an even gray as it is, so what is seen is brightness alone: 100 x (1 +- 0.2)."""
     image, augmentation = np.full((40, 40, 3), 100, dtype=np.uint8), Augmentation(crop="center", jitter=0.2)
     crops = [augmentation.apply(image, Preprocess(SIDE, 1.0), np.random.default_rng(seed), 0.0) for seed in range(300)]
     levels = np.array([pixels.mean() for pixels in crops])

@@ -58,10 +58,10 @@ def hoard_if_ordered(ordered: dict[str, Any], kind: str) -> None:
 
 def faulty_loss(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loss)
-    def call(*arguments: Any, **knobs: Any) -> Any:
+    def call(*arguments: Any, **overrides: Any) -> Any:
         ordered = orders()
         if not ordered:
-            return loss(*arguments, **knobs)
+            return loss(*arguments, **overrides)
         import torch
 
         leave_id("trial")
@@ -75,7 +75,7 @@ def faulty_loss(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
             hoard()
         while orders().get("losses", {}).get(name) == "hang":
             time.sleep(1)
-        value = loss(*arguments, **knobs)
+        value = loss(*arguments, **overrides)
         return value * float(kind) if kind in ("nan", "inf") else value
 
     return call

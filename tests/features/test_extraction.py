@@ -154,7 +154,7 @@ def test_planned_bytes_need_no_weights_and_count_views_of_training_only(tmp_path
     assert store_bytes(large, info, embedded, frozenset({"tokens"}), ("train",)) == {"tokens": 2480 * 257 * 1024 * 2}
 
 
-def test_a_disk_that_is_too_small_is_refused_with_the_knobs(
+def test_a_disk_that_is_too_small_is_refused_with_the_options(
     tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = make_data(tmp_path)

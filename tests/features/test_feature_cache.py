@@ -106,7 +106,7 @@ def test_the_longest_unused_goes_first_and_never_one_in_use(tmp_path: Path) -> N
     assert num_copies(tmp_path) == 2
     with pytest.raises(ImbvlmError, match=r"trials use 0.2 MB of it, and .*/d has 0.1 MB. Set feature_copies"):
         hold(copies, sources["d"])
-    # Both are free now, and what was let go of first has been unused for longer.
+    # Both are free now, and what was released first has been unused for longer.
     c = third.folder
     del in_use
 

@@ -253,7 +253,7 @@ def test_no_damaged_byte_is_ever_read_as_a_feature(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def test_values_beyond_half_precision_name_the_knob(tmp_path: Path) -> None:
+def test_values_beyond_half_precision_name_the_option(tmp_path: Path) -> None:
     values = numbers().astype(np.float32)
     values[1, 0, 0] = 1e6
     with pytest.raises(StoreError, match=r"pooled must be finite .* 1e\+06. Set features.precision: float32"):

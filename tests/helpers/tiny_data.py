@@ -55,7 +55,7 @@ def tiny_features(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUN
     """Stored features of separable classes; class embeddings point where their class's images do."""
     generator = np.random.default_rng(seed)
     num_classes = len(class_counts)
-    centres = generator.normal(size=(num_classes, WIDTH))
+    centers = generator.normal(size=(num_classes, WIDTH))
     projection = generator.normal(size=(WIDTH, EMBEDDING_WIDTH))
     norm_weight, norm_bias = 1 + 0.2 * generator.normal(size=WIDTH), np.full(WIDTH, 0.1)
     tower = {"final_norm.weight": norm_weight, "final_norm.bias": norm_bias, "projection": projection}
@@ -68,14 +68,14 @@ def tiny_features(folder: str | Path, class_counts: tuple[int, ...] = CLASS_COUN
     layout = StoreLayout("store", "float16", {name: info.shapes[name] for name in OUTPUT_NAMES})
     for split in labels:
         noise = generator.normal(size=(len(labels[split]), NUM_VIEWS, NUM_TOKENS, WIDTH))
-        tokens = centres[labels[split]][:, None, None] + noise
+        tokens = centers[labels[split]][:, None, None] + noise
         first = tokens[:, :, 0] - tokens[:, :, 0].mean(axis=-1, keepdims=True)
         pooled = first / np.sqrt(first.var(axis=-1, keepdims=True) + 1e-6) * norm_weight + norm_bias
         outputs = {"tokens": tokens, "pooled": pooled, "image_embedding": pooled @ projection}
         outputs = {name: values.astype(np.float32) for name, values in outputs.items()}
         splits[split] = stored_split(Path(folder), layout, outputs, name=split)
     _write_tensors(Path(folder) / layout.digest / TOWER_FILE, tower)
-    text = centres @ projection
+    text = centers @ projection
     text_file = Path(folder) / "text.safetensors"
     _write_tensors(text_file, {"class_embeddings": text / np.linalg.norm(text, axis=-1, keepdims=True)})
     manifest = str(Path(folder) / "manifest.parquet")

@@ -25,14 +25,14 @@ from imbvlm.models.model_builder import stored_outputs
 
 CLASS_COUNTS = (30, 12, 6, 3, 0)
 PER_CLASS = 3
-COLOURS = ((220, 40, 40), (40, 200, 60), (50, 60, 210), (210, 200, 40), (120, 120, 120))
+COLORS = ((220, 40, 40), (40, 200, 60), (50, 60, 210), (210, 200, 40), (120, 120, 120))
 
 
 def encoded_image(label: int, seed: int) -> bytes:
-    """A PNG in its class's colour, with noise and a size of its own."""
+    """A PNG in its class's color, with noise and a size of its own."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(36, 60, 2)
-    pixels = np.clip(np.array(COLOURS[label]) + rng.normal(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(np.array(COLORS[label]) + rng.normal(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()

@@ -54,14 +54,14 @@ def test_the_crops_are_torchvisions(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     found = [Preprocess(48).five_crop(16).apply(pixels, view) for view in range(len(FIVE_CROPS))]
     resized = functional.resize(Image.fromarray(pixels), 64, functional.InterpolationMode.BICUBIC)
-    top_left, top_right, bottom_left, bottom_right, centre = functional.five_crop(resized, 48)
-    for mine, theirs in zip(found, (centre, top_left, top_right, bottom_left, bottom_right), strict=True):
+    top_left, top_right, bottom_left, bottom_right, center = functional.five_crop(resized, 48)
+    for mine, theirs in zip(found, (center, top_left, top_right, bottom_left, bottom_right), strict=True):
         # Resizing a part rounds once, at its edges, where resizing all and cropping looks beyond them.
         difference = np.abs(mine.astype(int) - np.asarray(theirs).transpose(2, 0, 1))
         assert difference[:, 3:-3, 3:-3].max() <= 1
 
 
-def test_five_crops_without_room_are_five_times_the_centre() -> None:
+def test_five_crops_without_room_are_five_times_the_center() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     crops = [Preprocess(32).five_crop(0).apply(pixels, view) for view in range(5)]
     assert all((one == Preprocess(32, 1.0).apply(pixels)).all() for one in crops)
@@ -140,7 +140,7 @@ def test_a_trial_scores_both_ways_and_selects_by_neither(images: TinyImages, met
     assert {key: scored[key] for key in same} == {key: without[key] for key in same}
 
 
-def test_it_is_never_searched_and_a_knob_without_effect_is_refused(images: TinyImages) -> None:
+def test_it_is_never_searched_and_an_option_without_effect_is_refused(images: TinyImages) -> None:
     with pytest.raises(ConfigError, match=r"'eval.tte' can't be searched: validation doesn't use it"):
         parse_space(parse_yaml("parameters: {eval.tte: {choice: [none, five_crop]}}"))
     with pytest.raises(ConfigError, match=r"eval.expand has no effect with eval.tte none"):

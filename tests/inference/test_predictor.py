@@ -68,8 +68,8 @@ def test_one_image_in_any_form_is_one_image(folder: Path, tmp_path: Path) -> Non
         for predictions in (model.predict(form), list(model.predict_stream(form))):
             assert [prediction.probabilities for prediction in predictions] == [expected.probabilities]
     assert len(model.predict(np.stack([np.asarray(picture())] * 3))) == 3
-    (grey,) = model.predict(np.zeros((4, 4), np.uint8))
-    assert "H x W x 3" in str(grey.error)
+    (gray,) = model.predict(np.zeros((4, 4), np.uint8))
+    assert "H x W x 3" in str(gray.error)
 
 
 def test_what_is_no_image_and_limits_that_are_none_are_sentences(folder: Path) -> None:

@@ -40,8 +40,8 @@ def batch(
     return logits.to(dtype), targets
 
 
-def value(name: str, logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **knobs: Any) -> Tensor:
-    return LOSSES[name].function(logits, targets, counts, **knobs)
+def value(name: str, logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **overrides: Any) -> Tensor:
+    return LOSSES[name].function(logits, targets, counts, **overrides)
 
 
 def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
@@ -52,7 +52,7 @@ def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs", "other", "other_knobs"),
+    ("name", "overrides", "other", "other_overrides"),
     [
         ("focal", {"gamma": 0.0}, "cross_entropy", {}),
         ("logit_adjustment", {"tau": 1.0}, "balanced_softmax", {}),
@@ -67,11 +67,11 @@ def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
         ("cross_entropy", {"label_smoothing": 0.0}, "cross_entropy", {}),
     ],
 )
-def test_a_loss_becomes_another_at_the_edge_of_its_knob(
-    name: str, knobs: dict[str, float], other: str, other_knobs: dict[Any, Any]
+def test_a_loss_becomes_another_at_the_edge_of_its_option(
+    name: str, overrides: dict[str, float], other: str, other_overrides: dict[Any, Any]
 ) -> None:
     logits, targets = batch()
-    assert_same(value(name, logits, targets, **knobs), value(other, logits, targets, **other_knobs), 1e-6)
+    assert_same(value(name, logits, targets, **overrides), value(other, logits, targets, **other_overrides), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,10 @@ FORMULAS: dict[str, tuple[dict[str, float], Callable[..., float]]] = {
 @every_loss
 @pytest.mark.parametrize("seed", range(3))
 def test_a_loss_is_its_formula(name: str, seed: int) -> None:
-    knobs, formula = FORMULAS[name]
+    overrides, formula = FORMULAS[name]
     logits, targets = batch(rows=23, seed=seed)
-    expected = formula(logits.numpy(), targets.numpy(), COUNTS.numpy().astype(float), **knobs)
-    assert value(name, logits, targets, **knobs).item() == pytest.approx(expected, rel=1e-11)
+    expected = formula(logits.numpy(), targets.numpy(), COUNTS.numpy().astype(float), **overrides)
+    assert value(name, logits, targets, **overrides).item() == pytest.approx(expected, rel=1e-11)
 
 
 # ---------------------------------------------------------------------------------- contract, every loss alike
@@ -336,13 +336,13 @@ def test_the_order_of_classes_changes_nothing(name: str) -> None:
 
 @every_loss
 def test_a_pack_of_trials_runs_in_one_call(name: str) -> None:
-    """Knobs as tensors, one per trial: what a vmap over trials gives is what each trial gives alone."""
-    knobs = {knob: torch.tensor([0.3, 0.6, 0.9]) for knob in default_options(name) if knob not in SET_BY_THE_LOOP}
+    """Options as tensors, one per trial: what a vmap over trials gives is what each trial gives alone."""
+    overrides = {key: torch.tensor([0.3, 0.6, 0.9]) for key in default_options(name) if key not in SET_BY_THE_LOOP}
     logits = torch.stack([batch(seed=seed)[0] for seed in range(3)])
     targets = batch()[1]
-    packed = torch.func.vmap(lambda z, k: value(name, z, targets, **k))(logits, knobs)
+    packed = torch.func.vmap(lambda z, k: value(name, z, targets, **k))(logits, overrides)
     for trial in range(3):
-        alone = value(name, logits[trial], targets, **{knob: values[trial].item() for knob, values in knobs.items()})
+        alone = value(name, logits[trial], targets, **{key: values[trial].item() for key, values in overrides.items()})
         assert_same(packed[trial], alone, 1e-6)
 
 
@@ -386,8 +386,10 @@ def test_counts_that_are_not_images_per_class_are_refused(counts: list[float | l
 @every_loss
 def test_a_built_loss_is_the_pure_one(name: str) -> None:
     logits, targets = batch()
-    knobs = FORMULAS[name][0]
-    assert_same(build_loss(name, COUNTS.numpy(), **knobs)(logits, targets), value(name, logits, targets, **knobs), 0)
+    overrides = FORMULAS[name][0]
+    assert_same(
+        build_loss(name, COUNTS.numpy(), **overrides)(logits, targets), value(name, logits, targets, **overrides), 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- workers
@@ -427,7 +429,7 @@ class Threads:
 
 
 def shares(
-    name: str, parts: list[Tensor], logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **knobs: Any
+    name: str, parts: list[Tensor], logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **overrides: Any
 ) -> Any:
     """Each worker's loss and the gradient of its own rows, for the given rows of each."""
     meeting = Threads(len(parts))
@@ -435,7 +437,7 @@ def shares(
 
     def work(rank: int) -> None:
         local = logits[parts[rank]].clone().requires_grad_()
-        loss = build_loss(name, counts, workers=meeting.worker(rank), **knobs)(local, targets[parts[rank]])
+        loss = build_loss(name, counts, workers=meeting.worker(rank), **overrides)(local, targets[parts[rank]])
         loss.backward()
         results[rank] = (loss.detach(), local.grad)
 

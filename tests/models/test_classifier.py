@@ -147,9 +147,9 @@ def test_a_batch_without_rows_passes(config: Section) -> None:
 def test_it_learns(build: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     classifier = build()
-    centres = torch.randn(3, 8)
+    centers = torch.randn(3, 8)
     labels = torch.arange(90) % 3
-    x = centres[labels] + 0.3 * torch.randn(90, 8)
+    x = centers[labels] + 0.3 * torch.randn(90, 8)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1, momentum=0.9)
     for _ in range(60):
         optimizer.zero_grad()

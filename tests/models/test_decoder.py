@@ -14,8 +14,8 @@ from imbvlm.models.decoder import Decoder, num_parameters
 WIDTH = 24
 
 
-def config(**knobs: Any) -> DecoderConfig:
-    return DecoderConfig(**{"depth": 2, "num_heads": 4, **knobs})
+def config(**options: Any) -> DecoderConfig:
+    return DecoderConfig(**{"depth": 2, "num_heads": 4, **options})
 
 
 def tokens(
@@ -210,10 +210,10 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do() -> N
         Decoder(24, config(num_heads=5), True)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"depth": 0}, {"width": 8}, {"input_norm": "none", "mlp_ratio": 1.3}])
-def test_parameters_are_counted_without_building_it(knobs: dict[str, str | float]) -> None:
-    built = Decoder(WIDTH, config(**knobs), True)
-    assert num_parameters(WIDTH, config(**knobs)) == sum(one.numel() for one in built.parameters())
+@pytest.mark.parametrize("options", [{}, {"depth": 0}, {"width": 8}, {"input_norm": "none", "mlp_ratio": 1.3}])
+def test_parameters_are_counted_without_building_it(options: dict[str, str | float]) -> None:
+    built = Decoder(WIDTH, config(**options), True)
+    assert num_parameters(WIDTH, config(**options)) == sum(one.numel() for one in built.parameters())
 
 
 def test_the_same_seed_starts_the_same() -> None:

@@ -507,13 +507,13 @@ def test_every_augmentation_changes_the_course_and_fresh_crops_change_the_epochs
     """At a rate of almost nothing only the images change a loss."""
     still = {"optim__lr": 1e-12, "optim__weight_decay": 0.0, "train__num_epochs": 2, "train__batch_size": 64}
     plain = {"augmentation__min_scale": 1.0, "augmentation__flip": False}
-    knobs = [
+    options = [
         {}, plain, {"augmentation__crop": "growing"}, {"augmentation__color_jitter": 0.5},
         {"augmentation__rand_ops": 2}, {"augmentation__rand_ops": 2, "augmentation__rand_magnitude": 20},
     ]  # fmt: skip
-    courses = [numbers(trial(vit, "adapter", **still, **(plain | one if one else {}))) for one in knobs]
+    courses = [numbers(trial(vit, "adapter", **still, **(plain | one if one else {}))) for one in options]
     losses = [[metrics["train/loss"] for _, _, metrics in course] for course in courses]
-    assert len({first for first, _ in losses}) == len(knobs)
+    assert len({first for first, _ in losses}) == len(options)
     assert all(first != second for first, second in losses)
 
 

@@ -1,4 +1,4 @@
-"""Every method builds a model that reads what it says it reads; initialisations start where they promise."""
+"""Every method builds a model that reads what it says it reads; initializations start where they promise."""
 
 import dataclasses
 from pathlib import Path
@@ -130,10 +130,10 @@ def test_which_trials_need_text() -> None:
     assert not needs_text(tiny_config("linear_probe"))
 
 
-# --------------------------------------------------------------------------------------------- initialisation
+# --------------------------------------------------------------------------------------------- initialization
 
 
-def test_text_weights_rank_classes_as_the_text_space_does_for_a_centred_feature(data: TrialData) -> None:
+def test_text_weights_rank_classes_as_the_text_space_does_for_a_centered_feature(data: TrialData) -> None:
     weights = text_weights(data.class_embeddings, data.encoder_tensors["projection"], WIDTH)
     torch.testing.assert_close(weights.norm(dim=-1), torch.ones(NUM_CLASSES))
     feature = torch.randn(WIDTH)
@@ -172,7 +172,7 @@ def test_a_text_start_behind_a_decoder_needs_a_normed_class_token(data: TrialDat
             build_model(config, inputs.model_inputs, CPU)
 
 
-def test_class_means_are_those_of_normalised_features_over_all_chunks(
+def test_class_means_are_those_of_normalized_features_over_all_chunks(
     data: TrialData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("imbvlm.models.classifier_init.CHUNK_SIZE", 50)

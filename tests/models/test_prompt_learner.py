@@ -76,8 +76,8 @@ def tower_of(encoder: Encoder) -> TextTower:
     return TextTower(encoder.text.model, encoder.text.config)
 
 
-def build(encoder: Encoder, names: Sequence[str] = NAMES, seed: int = 0, **knobs: Any) -> PromptClassifier:
-    config = PromptTuningConfig(**knobs)
+def build(encoder: Encoder, names: Sequence[str] = NAMES, seed: int = 0, **options: Any) -> PromptClassifier:
+    config = PromptTuningConfig(**options)
     torch.manual_seed(seed)
     tokens = prompt_tokens(encoder.text, names, config.init_words)
     return build_prompt_classifier(config, tower_of(encoder), tokens, encoder.info, CPU)

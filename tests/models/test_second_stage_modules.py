@@ -240,11 +240,11 @@ def long_tailed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     """Head classes outnumber tail classes, and each tail class lies beside a head class."""
     counts = torch.tensor([400, 300, 200, 8, 6, 4])
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64)
-    centres[3:] = centres[:3] + 0.5 * centres[3:]
+    centers = torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64)
+    centers[3:] = centers[:3] + 0.5 * centers[3:]
 
     def draw(labels: torch.Tensor) -> torch.Tensor:
-        return centres[labels] + 0.5 * torch.randn(len(labels), WIDTH, generator=generator, dtype=torch.float64)
+        return centers[labels] + 0.5 * torch.randn(len(labels), WIDTH, generator=generator, dtype=torch.float64)
 
     labels = torch.repeat_interleave(torch.arange(CLASSES), counts)
     val_labels = torch.arange(CLASSES).repeat(60)

@@ -1,7 +1,7 @@
 """A trial that has ended leaves nothing in its process, which runs hundreds more: no circle keeps its tensors.
 
 Python looks for circles when a quarter of what it holds is new. Until then each of them keeps a model, what its
-optimiser has, and validation features.
+optimizer has, and validation features.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrialData:
 
 def assert_freed_at_its_end(config: TrialConfig, data: TrialData) -> None:
     run = build_trial(config, data)
-    # Torch's own parametrisations are circles, of trials that have processes to themselves.
+    # Torch's own parametrizations are circles, of trials that have processes to themselves.
     params = () if config.method == "lora" else run.model.parameters()
     parts = [weakref.ref(one) for one in (run, run.model, run.batch_source, *params)]
     for _ in run.epochs():

@@ -263,7 +263,7 @@ def test_a_method_that_trains_nothing_has_no_second_stage() -> None:
         tiny_config("zero_shot", second_stage__name="disalign")
 
 
-def test_a_name_builds_the_section_another_drops_the_old_knobs_and_null_takes_it_away() -> None:
+def test_a_name_builds_the_section_another_drops_the_old_options_and_null_takes_it_away() -> None:
     plain = tiny_config("decoder", classifier__kind="linear")
     disalign = plain.with_overrides({"second_stage.name": "disalign", "second_stage.exponent": 0.8})
     assert disalign.second_stage.exponent == 0.8

@@ -72,7 +72,9 @@ def join_group(rank: int, world_size: int, folder: Path) -> DistributedWorkerGro
 def run_cases(rank: int, world_size: int, folder: Path, features: FeatureSet) -> None:
     workers = join_group(rank, world_size, folder)
     data = with_text_tower(TrialData.open(tiny_config("zero_shot"), features))
-    outcomes = [outcome(build_trial(tiny_config(method, **knobs), data, workers=workers)) for method, knobs in CASES]
+    outcomes = [
+        outcome(build_trial(tiny_config(method, **options), data, workers=workers)) for method, options in CASES
+    ]
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
 
@@ -124,13 +126,13 @@ def test_two_workers_give_one_workers_numbers(tmp_path: Path) -> None:
     features = tiny_features(tmp_path / "features")
     data = tiny_data(tmp_path / "features", text_tower=True)
     workers = in_processes(run_cases, 2, tmp_path, features)
-    for case, (method, knobs) in enumerate(CASES):
-        alone = outcome(build_trial(tiny_config(method, **knobs), data))
+    for case, (method, options) in enumerate(CASES):
+        alone = outcome(build_trial(tiny_config(method, **options), data))
         for found in (worker[case] for worker in workers):
             assert found["first_losses"] == pytest.approx(alone["first_losses"], abs=1e-4)
             assert found["step"] == alone["step"]
             for mine, reference in zip(found["metrics"], alone["metrics"], strict=True):
-                assert mine == pytest.approx(reference, abs=1e-3), (method, knobs)
+                assert mine == pytest.approx(reference, abs=1e-3), (method, options)
             for name, weight in alone["weights"].items():
                 torch.testing.assert_close(
                     torch.tensor(found["weights"][name]), torch.tensor(weight), atol=1e-3, rtol=0

@@ -322,7 +322,7 @@ def test_a_run_stopped_between_epochs_leaves_nothing_behind(data: TrialData) -> 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
-# ---------------------------------------------------------------------------------------------- the loop's knobs
+# ---------------------------------------------------------------------------------------------- the loop's options
 
 
 def test_threads_are_the_trials_own_and_given_back(data: TrialData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,8 +348,11 @@ def test_bfloat16_trains_with_float32_weights_and_is_close(data: TrialData) -> N
 def test_by_itself_a_decoder_computes_in_bfloat16_where_the_processor_has_it(
     data: TrialData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def computed_in(method: str, **knobs: Any) -> set[bool]:
-        run, seen = build_trial(tiny_config(method, train__precision="auto", train__num_epochs=1, **knobs), data), set()
+    def computed_in(method: str, **options: Any) -> set[bool]:
+        run, seen = (
+            build_trial(tiny_config(method, train__precision="auto", train__num_epochs=1, **options), data),
+            set(),
+        )
         run.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
         list(run.epochs())
         return seen

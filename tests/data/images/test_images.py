@@ -33,7 +33,7 @@ def encode_qoi(image: Image.Image) -> bytes:
 
 
 def photo(width: int = 60, height: int = 40) -> Image.Image:
-    """Smooth colours, so that lossy formats stay close."""
+    """Smooth colors, so that lossy formats stay close."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     pixels = np.stack([x, y, (x + y) / 2], axis=2) * 220 + 20
     return Image.fromarray(pixels.astype(np.uint8))
@@ -41,7 +41,7 @@ def photo(width: int = 60, height: int = 40) -> Image.Image:
 
 PHOTO = photo()
 PIXELS = np.asarray(PHOTO).astype(int)
-GREY = np.asarray(PHOTO.convert("L")).astype(int)
+GRAY = np.asarray(PHOTO.convert("L")).astype(int)
 
 
 def off_by(pixels: np.ndarray, wanted: np.ndarray) -> int:
@@ -49,7 +49,7 @@ def off_by(pixels: np.ndarray, wanted: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP", "PPM", "QOI", "WEBP", "JPEG", "JPEG2000", "GIF"])
-def test_colour_images_keep_their_colours(format: str) -> None:
+def test_color_images_keep_their_colors(format: str) -> None:
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(format, {})
     pixels = decode(encode(PHOTO, format, **options))
     assert pixels.shape == (40, 60, 3)
@@ -58,9 +58,9 @@ def test_colour_images_keep_their_colours(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG"])
-def test_grey_is_the_same_in_all_channels(format: str) -> None:
+def test_gray_is_the_same_in_all_channels(format: str) -> None:
     pixels = decode(encode(PHOTO.convert("L"), format, **({"quality": 98} if format == "JPEG" else {})))
-    assert off_by(pixels, GREY[:, :, None]) <= 3
+    assert off_by(pixels, GRAY[:, :, None]) <= 3
 
 
 def test_one_bit_is_black_and_white() -> None:
@@ -69,7 +69,7 @@ def test_one_bit_is_black_and_white() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_and_not_clipped(format: str) -> None:
+def test_16_bit_gray_is_scaled_and_not_clipped(format: str) -> None:
     ramp = np.linspace(0, 65535, 2400).round().astype(np.uint16).reshape(40, 60)
     pixels = decode(encode(Image.fromarray(ramp), format))
     assert pixels.min() == 0
@@ -77,7 +77,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(format: str) -> None:
     assert off_by(pixels, (ramp / 257)[:, :, None]) <= 0.51
 
 
-def test_16_bit_big_endian_and_32_bit_grey_follow_the_same_scale() -> None:
+def test_16_bit_big_endian_and_32_bit_gray_follow_the_same_scale() -> None:
     ramp = np.linspace(0, 65535, 2400).round().astype(np.uint16).reshape(40, 60)
     big = Image.frombytes("I;16B", (60, 40), ramp.astype(">u2").tobytes())
     wide = Image.fromarray(ramp.astype(np.int32))
@@ -85,7 +85,7 @@ def test_16_bit_big_endian_and_32_bit_grey_follow_the_same_scale() -> None:
         assert off_by(decode(encode(image, "TIFF")), (ramp / 257)[:, :, None]) <= 0.51
 
 
-def test_32_bit_grey_beyond_16_bits_spans_its_own_range() -> None:
+def test_32_bit_gray_beyond_16_bits_spans_its_own_range() -> None:
     values = np.linspace(-100_000, 3_000_000, 2400).astype(np.int32).reshape(40, 60)
     pixels = decode(encode(Image.fromarray(values), "TIFF"))
     assert (pixels.min(), pixels.max()) == (0, 255)
@@ -120,7 +120,7 @@ def test_float_pixels_that_are_not_finite_are_black_and_an_image_of_them_is_refu
 
 
 @pytest.mark.parametrize("format", ["TIFF", "JPEG"])
-def test_cmyk_has_the_colours_of_its_inks_also_inverted_as_adobe_writes_it(format: str) -> None:
+def test_cmyk_has_the_colors_of_its_inks_also_inverted_as_adobe_writes_it(format: str) -> None:
     pixels = decode(encode(PHOTO.convert("CMYK"), format, **({"quality": 98} if format == "JPEG" else {})))
     assert off_by(pixels, PIXELS) <= 8
 
@@ -141,7 +141,7 @@ def half_clear(mode: str) -> Image.Image:
 def test_transparent_parts_are_white_and_opaque_ones_unchanged(mode: str, format: str) -> None:
     pixels = decode(encode(half_clear(mode), format, **({"lossless": True} if format == "WEBP" else {})))
     assert (pixels[:, :30] == 255).all()
-    assert off_by(pixels[:, 30:], (GREY[:, 30:, None] if mode == "LA" else PIXELS[:, 30:])) <= 1
+    assert off_by(pixels[:, 30:], (GRAY[:, 30:, None] if mode == "LA" else PIXELS[:, 30:])) <= 1
 
 
 def test_half_transparent_pixels_are_mixed_with_white() -> None:
@@ -150,13 +150,13 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
-def test_a_transparent_colour_or_palette_entry_is_white(mode: str) -> None:
+def test_a_transparent_color_or_palette_entry_is_white(mode: str) -> None:
     image = Image.new("RGB", (4, 4), (0, 0, 0)).convert(mode)
     clear = {"P": image.getpixel((0, 0)), "L": 0, "RGB": (0, 0, 0), "1": 0}[mode]
     assert (decode(encode(image, "PNG", transparency=clear)) == 255).all()
 
 
-def test_a_transparent_16_bit_grey_is_white() -> None:
+def test_a_transparent_16_bit_gray_is_white() -> None:
     image = Image.fromarray(np.array([[0, 300], [65535, 300]], dtype=np.uint16))
     pixels = decode(encode(image, "PNG", transparency=300))[:, :, 0]
     assert pixels.tolist() == [[0, 255], [255, 255]]
@@ -430,7 +430,7 @@ def test_other_formats_are_not_decoded_smaller() -> None:
     assert decode(encode(photo(400, 300), "PNG"), min_side=10).shape == (300, 400, 3)
 
 
-def test_the_faster_crop_is_within_a_few_grey_levels_of_the_exact_one() -> None:
+def test_the_faster_crop_is_within_a_few_gray_levels_of_the_exact_one() -> None:
     data = encode(photo(1200, 900), "JPEG", quality=90)
     exact, fast = Preprocess(96, 8 / 7), Preprocess(96, 8 / 7, jpeg_downscale=2.0)
     assert fast.decode(data).size == (300, 225)

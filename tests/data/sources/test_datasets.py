@@ -491,7 +491,7 @@ def test_links_in_a_shard_and_labels_without_an_image_are_named(tmp_path: Path) 
     assert second == "2 labels left out without an image of the same key, such as b"
 
 
-def test_compressed_or_unlabelled_shards_are_refused(tmp_path: Path) -> None:
+def test_compressed_or_unlabeled_shards_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add_member(archive, "x.png", b"abc")
     with pytest.raises(ManifestError, match=r"neither a \.cls nor a \.json"):

@@ -28,7 +28,7 @@ def read(tmp_path: Path) -> Callable[..., Any]:
     return build
 
 
-def labelled(labels: Any) -> pa.Table:
+def labeled(labels: Any) -> pa.Table:
     return pa.table({"path": [f"{row}.jpg" for row in range(len(labels))], "label": labels})
 
 
@@ -62,30 +62,30 @@ def test_a_file_that_is_not_utf8_is_refused_with_a_fix(read: Callable[..., Any],
 def test_labels_are_ids_or_names_by_all_rows_whatever_comes_first(read: Callable[..., Any], order: int) -> None:
     # More rows of each than are read at once.
     labels = (["208"] * 300 + ["C3"] * 300)[::order]
-    assert classes(read(labelled(labels), class_names=["C3", "208"])) == labels
+    assert classes(read(labeled(labels), class_names=["C3", "208"])) == labels
     with pytest.raises(ManifestError, match=r"'(208|C3)'; .*list every class by --class-names"):
-        read(labelled(labels))
+        read(labeled(labels))
 
 
 def test_names_that_differ_by_zeros_are_two_classes(read: Callable[..., Any]) -> None:
     names = ["007", "cat", *map(str, range(8))]
     labels = ["007"] * 300 + ["7"] * 300
-    assert classes(read(labelled(labels), class_names=names)) == labels
+    assert classes(read(labeled(labels), class_names=names)) == labels
     for class_names in (None, ["cat", "dog"]):
         with pytest.raises(ManifestError, match="one number are written in several ways: 7; list every class"):
-            read(labelled(labels), class_names=class_names)
+            read(labeled(labels), class_names=class_names)
     # Zeros alone make no names of ids.
-    assert classes(read(labelled(["01", "00"]), class_names=["cat", "dog"])) == ["dog", "cat"]
+    assert classes(read(labeled(["01", "00"]), class_names=["cat", "dog"])) == ["dog", "cat"]
 
 
 def test_class_names_that_are_numbers(read: Callable[..., Any]) -> None:
     names = ["101", "205"]
     assert classes(read("path,label\na.jpg,205\nb.jpg,101\n", class_names=names)) == ["205", "101"]
-    assert classes(read(labelled([205, 101]), class_names=names)) == ["205", "101"]
+    assert classes(read(labeled([205, 101]), class_names=names)) == ["205", "101"]
     # Ids stay ids where they all can be.
-    assert classes(read(labelled(["0", "1"]), class_names=["1", "0"])) == ["1", "0"]
+    assert classes(read(labeled(["0", "1"]), class_names=["1", "0"])) == ["1", "0"]
     with pytest.raises(ManifestError, match="label outside 0 to 1, the class names: 101, 300"):
-        read(labelled([101, 300]), class_names=names)
+        read(labeled([101, 300]), class_names=names)
 
 
 def test_labels_of_many_digits(read: Callable[..., Any]) -> None:
@@ -93,10 +93,10 @@ def test_labels_of_many_digits(read: Callable[..., Any]) -> None:
     assert classes(read(f"path,label\na.jpg,{long}\n", class_names=["cat", long])) == [long]
     for labels in ([long], pa.array([int(long)], pa.uint64())):
         with pytest.raises(ManifestError, match=f"1 label too large for a class id: {long}; list every class"):
-            read(labelled(labels))
+            read(labeled(labels))
     with pytest.raises(ManifestError, match="1 label outside 0 to 0, the class names: 5000000000"):
-        read(labelled([5_000_000_000]), class_names=["cat"])
-    assert read(labelled([5_000_000_000, -(2**63)])).label_map == {str(-(2**63)): 0, "5000000000": 1}
+        read(labeled([5_000_000_000]), class_names=["cat"])
+    assert read(labeled([5_000_000_000, -(2**63)])).label_map == {str(-(2**63)): 0, "5000000000": 1}
 
 
 def test_columns_of_one_name_are_named(read: Callable[..., Any]) -> None:

@@ -40,8 +40,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {kind: write_tower(root / kind, kind) for kind in CONFIGS}
 
 
-def load(name: str, image_size: int | None = None, **knobs: Any) -> Encoder:
-    return create_encoder(EncoderConfig(name=name, image_size=image_size, **knobs), EvalConfig())
+def load(name: str, image_size: int | None = None, **options: Any) -> Encoder:
+    return create_encoder(EncoderConfig(name=name, image_size=image_size, **options), EvalConfig())
 
 
 def images(encoder: Encoder, count: int = 2) -> torch.Tensor:
@@ -49,7 +49,7 @@ def images(encoder: Encoder, count: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def normalised(encoder: Encoder, crops: torch.Tensor) -> torch.Tensor:
+def normalized(encoder: Encoder, crops: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (encoder.info.mean, encoder.info.std))
     return (crops.float() / 255 - mean) / std
 
@@ -59,7 +59,7 @@ def test_image_embedding_is_the_models_own(folders: dict[str, str], kind: str, s
     encoder = load(folders[kind], size)
     crops = images(encoder)
     with torch.no_grad():
-        expected = encoder.model.encode_image(normalised(encoder, crops))
+        expected = encoder.model.encode_image(normalized(encoder, crops))
     output = encoder.forward_images(crops)
     torch.testing.assert_close(output.image_embedding, expected, atol=1e-5, rtol=1e-5)
     encoder.check()
@@ -155,7 +155,7 @@ def test_description_without_weights_agrees_with_the_tower(folders: dict[str, st
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_pooled_tokens_are_means_of_neighbours_and_all_else_stays(folders: dict[str, str], kind: str) -> None:
+def test_pooled_tokens_are_means_of_neighbors_and_all_else_stays(folders: dict[str, str], kind: str) -> None:
     plain, encoder = load(folders[kind]), load(folders[kind], token_pooling=2)
     crops = images(plain)
     whole, pooled = plain.forward_images(crops), encoder.forward_images(crops)
@@ -168,7 +168,7 @@ def test_pooled_tokens_are_means_of_neighbours_and_all_else_stays(folders: dict[
     torch.testing.assert_close(pooled.tokens[:, :front], whole.tokens[:, :front])
     side = math.isqrt(whole.tokens.shape[1] - front)
     grid = whole.tokens[:, front:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    # Where the grid is odd its edge has fewer neighbours.
+    # Where the grid is odd its edge has fewer neighbors.
     expected = F.avg_pool2d(grid, 2, ceil_mode=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pooled.tokens[:, front:], expected)
 
@@ -228,7 +228,7 @@ def test_timm_tokens_come_before_the_norm(folders: dict[str, str], kind: str) ->
     output = encoder.forward_images(crops)
     trunk = encoder.image_tower.trunk
     with torch.no_grad():
-        features = trunk.forward_features(normalised(encoder, crops))
+        features = trunk.forward_features(normalized(encoder, crops))
         is_class = trunk.cls_token is not None
         # Without the registers behind the class token.
         expected = torch.cat([features[:, :is_class], features[:, trunk.num_prefix_tokens :]], dim=1)
@@ -282,7 +282,7 @@ def test_timm_feature_maps_are_flattened_row_by_row(folders: dict[str, str], kin
     encoder = load(folders[kind])
     crops = images(encoder)
     with torch.no_grad():
-        features = encoder.image_tower.trunk.forward_features(normalised(encoder, crops))
+        features = encoder.image_tower.trunk.forward_features(normalized(encoder, crops))
     channels_last = features if kind == "timm_swin" else features.permute(0, 2, 3, 1)
     tokens = encoder.forward_images(crops).tokens
     torch.testing.assert_close(tokens, channels_last.flatten(1, 2), atol=1e-5, rtol=1e-4)
@@ -295,7 +295,7 @@ def test_another_size_is_what_open_clip_would_make_of_it(folders: dict[str, str]
     model = open_clip.create_model(folders[kind], force_image_size=OTHER_SIZE[kind]).eval()
     crops = images(encoder)
     with torch.no_grad():
-        expected = model.encode_image(normalised(encoder, crops))
+        expected = model.encode_image(normalized(encoder, crops))
     torch.testing.assert_close(encoder.forward_images(crops).image_embedding, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -78,7 +78,7 @@ parameters:
     assert 60 < below < 140  # half of the decades, 1 % of the width
 
 
-def test_a_knob_whose_conditions_do_not_hold_is_neither_drawn_nor_kept() -> None:
+def test_an_option_whose_conditions_do_not_hold_is_neither_drawn_nor_kept() -> None:
     searched = space("""
 parameters:
   method: {choice: [zero_shot, linear_probe, decoder]}
@@ -150,7 +150,7 @@ parameters:
 
 
 def test_a_second_stage_is_searched_beside_having_none() -> None:
-    """Null takes away what the base has; a name builds the section, without another name's knobs."""
+    """Null takes away what the base has; a name builds the section, without another name's options."""
     searched = space("""
 parameters:
   classifier.kind: {choice: [linear, cosine]}
@@ -216,7 +216,7 @@ parameters:
   loss.gamma: {uniform: [0, 1], when: {loss.name: focal}}
 """)
     base = BASE | {"loss": {"name": "ldam"}}
-    assert searched.size(base) == 4  # the continuous knob is never active
+    assert searched.size(base) == 4  # the continuous option is never active
     assert searched.enumerate_params(base, {"method": "decoder"}) == [
         {"method": "decoder", "decoder.depth": depth} for depth in (1, 2, 3)
     ]

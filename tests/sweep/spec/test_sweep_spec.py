@@ -130,7 +130,7 @@ def test_settings_of_the_sweep_and_of_its_trials() -> None:
     assert spec().base == BASE  # the old one is as it was
 
 
-def test_another_scheduler_drops_the_old_ones_knobs() -> None:
+def test_another_scheduler_drops_the_old_ones_options() -> None:
     made = spec(trial_scheduler={"name": "asha", "reduction_factor": 4})
     assert with_settings(made, {"trial_scheduler.name": "none"}).trial_scheduler == NoSchedulerConfig()
     assert with_settings(made, {"trial_scheduler.reduction_factor": 2}).trial_scheduler == AshaConfig(
@@ -149,7 +149,7 @@ def test_a_searched_key_that_is_set_is_searched_no_more() -> None:
     assert trial.method == "decoder"
 
 
-def test_a_knob_that_is_set_holds_where_its_variant_is_drawn() -> None:
+def test_an_option_that_is_set_holds_where_its_variant_is_drawn() -> None:
     made = with_settings(spec(), {"loss.gamma": 1.5})
     check_spec(made)
     common = {"method": "linear_probe", "optim.lr": 0.5}

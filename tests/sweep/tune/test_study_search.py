@@ -1,4 +1,4 @@
-"""The searcher, driven by hand: nothing twice, ends when exhausted, failures told, equal arms, and going on."""
+"""The searcher, driven by hand: nothing twice, ends when exhausted, failures told, equal strata, and going on."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def config(**sections: Any) -> TrialConfig:
     return TrialConfig.from_tree({**BASE, **sections})
 
 
-def loss(name: str, **knobs: float | str) -> TrialConfig:
-    return config(loss={"name": name, **knobs}, data={"manifest": "m", "class_sampling": "square_root"})
+def loss(name: str, **options: float | str) -> TrialConfig:
+    return config(loss={"name": name, **options}, data={"manifest": "m", "class_sampling": "square_root"})
 
 
 @pytest.mark.parametrize(
@@ -379,8 +379,8 @@ def test_proposing_costs_little_beside_a_trial() -> None:
 
 def test_all_shipped_spaces_can_be_stratified_by_method_and_loss() -> None:
     for name in ("quickstart", "inat", "imagenet_lt", "places_lt"):
-        arms = read_space(name).choices_over(["method", "loss.name"], BASE)
-        assert all(set(arm) == {"method", "loss.name"} for arm in arms)
+        strata = read_space(name).choices_over(["method", "loss.name"], BASE)
+        assert all(set(stratum) == {"method", "loss.name"} for stratum in strata)
 
 
 def test_optunas_storage_can_be_read_by_others_while_the_search_runs(tmp_path: Path) -> None:

@@ -212,9 +212,9 @@ def test_mixing_of_strength_0_is_none(images: TinyImages, method: str) -> None:
     plain = course(trial(images, method, **overrides))
     assert course(trial(images, method, **overrides, mixing__mixup=0.0, mixing__cutmix=0.0)) == plain
     mixed = {"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}
-    for knobs in mixed:
-        knobs = {f"mixing__{key}": value for key, value in knobs.items()}
-        assert course(trial(images, method, **overrides, **knobs)) != plain
+    for options in mixed:
+        options = {f"mixing__{key}": value for key, value in options.items()}
+        assert course(trial(images, method, **overrides, **options)) != plain
 
 
 @pytest.mark.parametrize("method", ON_STORE)
@@ -233,10 +233,10 @@ def test_mixed_examples_train_and_resuming_within_an_epoch_changes_no_number(
     images: TinyImages, data: TrialData, method: str, tmp_path: Path
 ) -> None:
     in_tower = METHODS[method].trains_encoder
-    knobs = {"mixing.mixup": 0.2, "mixing.cutmix": 1.0} if in_tower else {
+    options = {"mixing.mixup": 0.2, "mixing.cutmix": 1.0} if in_tower else {
         "feature_augmentation.mixup": 0.2, "feature_augmentation.transfer": 0.7}  # fmt: skip
     config = (images.config(method) if in_tower else tiny_config(method)).with_overrides(
-        {**knobs, "loss.name": "generalized_reweight", "loss.label_smoothing": 0.1, "train.num_epochs": 2}
+        {**options, "loss.name": "generalized_reweight", "loss.label_smoothing": 0.1, "train.num_epochs": 2}
     )
     read = images.data(config) if in_tower else data
     whole = build_trial(config, read)
@@ -259,8 +259,8 @@ def test_mixed_examples_train_and_resuming_within_an_epoch_changes_no_number(
 
 
 def test_mixed_examples_learn(data: TrialData) -> None:
-    knobs = {"feature_augmentation__mixup": 0.2, "feature_augmentation__transfer": 0.5}
-    run = build_trial(tiny_config("linear_probe", train__num_epochs=8, optim__lr=0.1, **knobs), data)
+    options = {"feature_augmentation__mixup": 0.2, "feature_augmentation__transfer": 0.5}
+    run = build_trial(tiny_config("linear_probe", train__num_epochs=8, optim__lr=0.1, **options), data)
     results = course(run)
     assert results[-1]["train/loss"] < 0.8 * results[0]["train/loss"]
     assert results[-1]["val/top1_accuracy"] > 0.5
