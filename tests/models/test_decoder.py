@@ -213,7 +213,7 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_ones_that_do() -> N
 @pytest.mark.parametrize("options", [{}, {"depth": 0}, {"width": 8}, {"input_norm": "none", "mlp_ratio": 1.3}])
 def test_parameters_are_counted_without_building_it(options: dict[str, str | float]) -> None:
     built = Decoder(WIDTH, config(**options), True)
-    assert num_parameters(WIDTH, config(**options)) == sum(one.numel() for one in built.parameters())
+    assert num_parameters(WIDTH, config(**options)) == sum(weight.numel() for weight in built.parameters())
 
 
 def test_the_same_seed_starts_the_same() -> None:

@@ -511,7 +511,7 @@ def test_every_augmentation_changes_the_course_and_fresh_crops_change_the_epochs
         {}, plain, {"augmentation__crop": "growing"}, {"augmentation__color_jitter": 0.5},
         {"augmentation__rand_ops": 2}, {"augmentation__rand_ops": 2, "augmentation__rand_magnitude": 20},
     ]  # fmt: skip
-    courses = [numbers(trial(vit, "adapter", **still, **(plain | one if one else {}))) for one in options]
+    courses = [numbers(trial(vit, "adapter", **still, **(plain | option if option else {}))) for option in options]
     losses = [[metrics["train/loss"] for _, _, metrics in course] for course in courses]
     assert len({first for first, _ in losses}) == len(options)
     assert all(first != second for first, second in losses)
