@@ -52,7 +52,7 @@ BRITISH = (
     r"fulfil|judgements?|learnt|spelt|metres?|programmes?|whilst|ageing|storeys?|sceptical"
 )
 FORBIDDEN = re.compile(rf"\b({RETIRED_WORDS}|{BRITISH})\b", re.IGNORECASE)
-# Frozen: a flag and a key of JSON as version 0.1 has them.
+# Frozen: a flag and a key of JSON as version 0.1 has them, and the tests of both.
 ALLOWED = {
     "imbvlm/cli/doctor.py": {"mend"},
     "imbvlm/cli/export_command.py": {"licence"},

@@ -1,4 +1,4 @@
-"""Each method's stratum of a search that is stratified by method, against the exhaustive grid, on the embedded data."""
+"""Each method's stratum in a search stratified by method, against the exhaustive grid, on the embedded data."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +13,7 @@ SEEDS = range(3)
 NUM_SEARCHES = 10
 METHODS = ("linear_probe", "decoder")
 # The probes of the section `search`, and decoders on the tower's four tokens.
-STRATA = {
+STRATIFIED_SPACE = {
     "method": {"choice": list(METHODS)},
     "decoder.depth": {"choice": [1], "when": {"method": "decoder"}},
     "decoder.width": {"choice": [64], "when": {"method": "decoder"}},
@@ -25,9 +25,9 @@ STRATA = {
 def lines(options: Options) -> Iterator[Line]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = embedded.features(options.folder, outputs=frozenset({"tokens", "pooled"}))
-    tables = {seed: train_grid(found, make_spec(seed, space=STRATA), options.device) for seed in SEEDS}
+    tables = {seed: train_grid(found, make_spec(seed, space=STRATIFIED_SPACE), options.device) for seed in SEEDS}
     size = len(tables[0])
-    make = partial(make_spec, num_trials=size // 8, stratify=("method",), space=STRATA)
+    make = partial(make_spec, num_trials=size // 8, stratify=("method",), space=STRATIFIED_SPACE)
     yield shown(f"exhaustive grid: {size} configurations of {len(METHODS)} methods, {len(SEEDS)} seeds", "")
     for method in METHODS:
         regrets, _ = searches(tables, NUM_SEARCHES, make, True, lambda config, method=method: config.method == method)

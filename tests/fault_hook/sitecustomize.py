@@ -58,10 +58,10 @@ def hoard_if_ordered(ordered: dict[str, Any], kind: str) -> None:
 
 def faulty_loss(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loss)
-    def call(*arguments: Any, **overrides: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         ordered = orders()
         if not ordered:
-            return loss(*arguments, **overrides)
+            return loss(*arguments, **options)
         import torch
 
         leave_id("trial")
@@ -75,7 +75,7 @@ def faulty_loss(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
             hoard()
         while orders().get("losses", {}).get(name) == "hang":
             time.sleep(1)
-        value = loss(*arguments, **overrides)
+        value = loss(*arguments, **options)
         return value * float(kind) if kind in ("nan", "inf") else value
 
     return call

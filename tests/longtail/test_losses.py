@@ -40,8 +40,8 @@ def batch(
     return logits.to(dtype), targets
 
 
-def value(name: str, logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **overrides: Any) -> Tensor:
-    return LOSSES[name].function(logits, targets, counts, **overrides)
+def value(name: str, logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **options: Any) -> Tensor:
+    return LOSSES[name].function(logits, targets, counts, **options)
 
 
 def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
@@ -52,7 +52,7 @@ def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "other", "other_overrides"),
+    ("name", "options", "other", "other_options"),
     [
         ("focal", {"gamma": 0.0}, "cross_entropy", {}),
         ("logit_adjustment", {"tau": 1.0}, "balanced_softmax", {}),
@@ -68,10 +68,10 @@ def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
     ],
 )
 def test_a_loss_becomes_another_at_the_edge_of_its_option(
-    name: str, overrides: dict[str, float], other: str, other_overrides: dict[Any, Any]
+    name: str, options: dict[str, float], other: str, other_options: dict[Any, Any]
 ) -> None:
     logits, targets = batch()
-    assert_same(value(name, logits, targets, **overrides), value(other, logits, targets, **other_overrides), 1e-6)
+    assert_same(value(name, logits, targets, **options), value(other, logits, targets, **other_options), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,10 @@ FORMULAS: dict[str, tuple[dict[str, float], Callable[..., float]]] = {
 @every_loss
 @pytest.mark.parametrize("seed", range(3))
 def test_a_loss_is_its_formula(name: str, seed: int) -> None:
-    overrides, formula = FORMULAS[name]
+    options, formula = FORMULAS[name]
     logits, targets = batch(rows=23, seed=seed)
-    expected = formula(logits.numpy(), targets.numpy(), COUNTS.numpy().astype(float), **overrides)
-    assert value(name, logits, targets, **overrides).item() == pytest.approx(expected, rel=1e-11)
+    expected = formula(logits.numpy(), targets.numpy(), COUNTS.numpy().astype(float), **options)
+    assert value(name, logits, targets, **options).item() == pytest.approx(expected, rel=1e-11)
 
 
 # ---------------------------------------------------------------------------------- contract, every loss alike
@@ -336,13 +336,13 @@ def test_the_order_of_classes_changes_nothing(name: str) -> None:
 
 @every_loss
 def test_a_pack_of_trials_runs_in_one_call(name: str) -> None:
-    """Options as tensors, one per trial: what a vmap over trials gives is what each trial gives alone."""
-    overrides = {key: torch.tensor([0.3, 0.6, 0.9]) for key in default_options(name) if key not in SET_BY_THE_LOOP}
+    """Options as tensors, one value per trial: what a vmap over trials gives is what each trial gives alone."""
+    options = {key: torch.tensor([0.3, 0.6, 0.9]) for key in default_options(name) if key not in SET_BY_THE_LOOP}
     logits = torch.stack([batch(seed=seed)[0] for seed in range(3)])
     targets = batch()[1]
-    packed = torch.func.vmap(lambda z, k: value(name, z, targets, **k))(logits, overrides)
+    packed = torch.func.vmap(lambda z, k: value(name, z, targets, **k))(logits, options)
     for trial in range(3):
-        alone = value(name, logits[trial], targets, **{key: values[trial].item() for key, values in overrides.items()})
+        alone = value(name, logits[trial], targets, **{key: values[trial].item() for key, values in options.items()})
         assert_same(packed[trial], alone, 1e-6)
 
 
@@ -386,9 +386,9 @@ def test_counts_that_are_not_images_per_class_are_refused(counts: list[float | l
 @every_loss
 def test_a_built_loss_is_the_pure_one(name: str) -> None:
     logits, targets = batch()
-    overrides = FORMULAS[name][0]
+    options = FORMULAS[name][0]
     assert_same(
-        build_loss(name, COUNTS.numpy(), **overrides)(logits, targets), value(name, logits, targets, **overrides), 0
+        build_loss(name, COUNTS.numpy(), **options)(logits, targets), value(name, logits, targets, **options), 0
     )
 
 
@@ -429,7 +429,7 @@ class Threads:
 
 
 def shares(
-    name: str, parts: list[Tensor], logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **overrides: Any
+    name: str, parts: list[Tensor], logits: Tensor, targets: Tensor, counts: Tensor = COUNTS, **options: Any
 ) -> Any:
     """Each worker's loss and the gradient of its own rows, for the given rows of each."""
     meeting = Threads(len(parts))
@@ -437,7 +437,7 @@ def shares(
 
     def work(rank: int) -> None:
         local = logits[parts[rank]].clone().requires_grad_()
-        loss = build_loss(name, counts, workers=meeting.worker(rank), **overrides)(local, targets[parts[rank]])
+        loss = build_loss(name, counts, workers=meeting.worker(rank), **options)(local, targets[parts[rank]])
         loss.backward()
         results[rank] = (loss.detach(), local.grad)
 

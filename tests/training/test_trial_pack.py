@@ -25,7 +25,7 @@ from imbvlm.training.trial_pack import TrialPack, pack_key
 from imbvlm.training.trial_run import EpochResult, TrialRun, build_trial
 from imbvlm.training.trial_session import HAS_JOINED, TrialSession, TrialSettings
 
-SETTINGS = {
+LOSS_OPTIONS = {
     "focal": [{"gamma": 0.5}, {"gamma": 2.5}],
     "effective_number": [{"beta": 0.9}, {"beta": 0.9999}],
     "generalized_reweight": [{"exponent": 0.25}, {"exponent": 1.5}],
@@ -40,16 +40,16 @@ def probe(**overrides: Any) -> TrialConfig:
 
 
 def members(optim: str) -> list[TrialConfig]:
-    """Every loss with unlike settings, both classifiers, each with a rate and schedule of its own."""
+    """Every loss with unlike options, both classifiers, each with a rate and schedule of its own."""
     configs = []
-    losses = [(name, settings) for name in LOSSES for settings in SETTINGS.get(name, [{}, {}])]
-    for number, (name, settings) in enumerate(losses):
+    losses = [(name, options) for name in LOSSES for options in LOSS_OPTIONS.get(name, [{}, {}])]
+    for number, (name, options) in enumerate(losses):
         classifier = {"classifier.kind": "linear"} if number % 3 else {
             "classifier.kind": "cosine", "classifier.temperature": 0.02 + number / 200}  # fmt: skip
         config = probe().with_overrides({
             "optim.name": optim, "optim.lr": 0.01 * 1.2**number, "optim.weight_decay": 1e-4 * number,
             "optim.lr_schedule": ("cosine", "half_cosine", "constant")[number % 3], **classifier,
-            "loss.name": name, **{f"loss.{key}": value for key, value in settings.items()}})  # fmt: skip
+            "loss.name": name, **{f"loss.{key}": value for key, value in options.items()}})  # fmt: skip
         configs.append(config)
     return configs
 
@@ -151,8 +151,8 @@ def test_a_member_goes_on_alone_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def second_stages() -> list[TrialConfig]:
-    """Each with several rates and settings, on both classifiers where it may be; one of another length, one without."""
-    options = []
+    """Each with several rates and options, on both classifiers where it may be; one of another length, one without."""
+    overrides = []
     for name in SECOND_STAGES:
         for place in range(2 if SECOND_STAGES[name].reads_weight_norms else 4):
             keys = {"second_stage.name": name, "optim.lr": 0.02 * 2**place}
@@ -161,9 +161,9 @@ def second_stages() -> list[TrialConfig]:
                 keys |= {"second_stage.num_epochs": 2, "second_stage.lr": 0.02 + place / 50}
             if name in ("disalign", "marc"):
                 keys["second_stage.exponent"] = 0.5 + place
-            options.append(keys)
-    options += [{**options[0], "second_stage.num_epochs": 1}, {"optim.lr": 0.05}]
-    return [probe().with_overrides({"train.num_epochs": 2, **keys}) for keys in options]
+            overrides.append(keys)
+    overrides += [{**overrides[0], "second_stage.num_epochs": 1}, {"optim.lr": 0.05}]
+    return [probe().with_overrides({"train.num_epochs": 2, **keys}) for keys in overrides]
 
 
 def test_second_stages_train_together_as_each_does_alone(tmp_path: Path) -> None:
@@ -337,8 +337,8 @@ def test_no_step_of_losses_together_waits_for_a_copy_to_the_device() -> None:
 def test_losses_together_are_each_loss_and_its_gradient(name: str) -> None:
     torch.manual_seed(0)
     counts, targets = torch.tensor([50, 20, 5, 1, 0]), torch.tensor([0, 0, 1, 2, 3, 1, 0])
-    losses = [build_loss(name, counts, **{k: v for k, v in settings.items() if k != "reweight_from"})
-              for settings in SETTINGS.get(name, [{}, {}])] + [build_loss("cross_entropy", counts)]  # fmt: skip
+    losses = [build_loss(name, counts, **{k: v for k, v in options.items() if k != "reweight_from"})
+              for options in LOSS_OPTIONS.get(name, [{}, {}])] + [build_loss("cross_entropy", counts)]  # fmt: skip
     logits = torch.randn(7, len(losses), 5, requires_grad=True)
     got = stack_losses(losses)(logits, targets)
     (gradient,) = torch.autograd.grad(got.sum(), logits)

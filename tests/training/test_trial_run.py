@@ -349,10 +349,8 @@ def test_by_itself_a_decoder_computes_in_bfloat16_where_the_processor_has_it(
     data: TrialData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def computed_in(method: str, **options: Any) -> set[bool]:
-        run, seen = (
-            build_trial(tiny_config(method, train__precision="auto", train__num_epochs=1, **options), data),
-            set(),
-        )
+        run = build_trial(tiny_config(method, train__precision="auto", train__num_epochs=1, **options), data)
+        seen = set[bool]()
         run.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
         list(run.epochs())
         return seen

@@ -78,7 +78,7 @@ parameters:
     assert 60 < below < 140  # half of the decades, 1 % of the width
 
 
-def test_an_option_whose_conditions_do_not_hold_is_neither_drawn_nor_kept() -> None:
+def test_an_option_whose_conditions_do_not_hold_is_neither_sampled_nor_kept() -> None:
     searched = space("""
 parameters:
   method: {choice: [zero_shot, linear_probe, decoder]}

@@ -149,7 +149,7 @@ def test_a_searched_key_that_is_set_is_searched_no_more() -> None:
     assert trial.method == "decoder"
 
 
-def test_an_option_that_is_set_holds_where_its_variant_is_drawn() -> None:
+def test_an_option_that_is_set_holds_where_its_variant_is_sampled() -> None:
     made = with_settings(spec(), {"loss.gamma": 1.5})
     check_spec(made)
     common = {"method": "linear_probe", "optim.lr": 0.5}

@@ -1,4 +1,4 @@
-"""The searcher, driven by hand: nothing twice, ends when exhausted, failures told, equal strata, and going on."""
+"""The searcher, driven by hand: nothing twice, ends when exhausted, failures reported, equal strata, and going on."""
 
 from __future__ import annotations
 

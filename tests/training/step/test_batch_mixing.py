@@ -211,10 +211,9 @@ def test_mixing_of_strength_0_is_none(images: TinyImages, method: str) -> None:
     overrides = {"train__num_epochs": 1}
     plain = course(trial(images, method, **overrides))
     assert course(trial(images, method, **overrides, mixing__mixup=0.0, mixing__cutmix=0.0)) == plain
-    mixed = {"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}
-    for options in mixed:
-        options = {f"mixing__{key}": value for key, value in options.items()}
-        assert course(trial(images, method, **overrides, **options)) != plain
+    for strengths in ({"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}):
+        mixing = {f"mixing__{key}": value for key, value in strengths.items()}
+        assert course(trial(images, method, **overrides, **mixing)) != plain
 
 
 @pytest.mark.parametrize("method", ON_STORE)
