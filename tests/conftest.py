@@ -20,6 +20,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors here are tiny: a second thread only waits for the first, for minutes where the machine is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Commands that tests start without `ray_cluster` must not join that of the other test process.
+os.environ["RAY_ADDRESS"] = "local"
 # Ray's workers have a low priority by default, and wait for minutes where another test process is at work.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
@@ -65,7 +67,7 @@ def ray_cluster(fault_orders: Path) -> Iterator[str]:
     # Sweeps that tests start as processes join this cluster, whatever else runs on the machine.
     os.environ["RAY_ADDRESS"] = address
     yield address
-    del os.environ["RAY_ADDRESS"]
+    os.environ["RAY_ADDRESS"] = "local"
     ray.shutdown()
 
 
